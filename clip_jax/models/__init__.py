@@ -1,0 +1,23 @@
+"""The towers, and CLIP made of them; Flax Linen modules without state of their own."""
+
+from clip_jax.models.clip import CLIP, normalize, parameter_count
+from clip_jax.models.config import (
+    OPENAI_MODELS,
+    CLIPConfig,
+    Execution,
+    ResNetConfig,
+    TextConfig,
+    VisionTransformerConfig,
+)
+
+__all__ = [
+    "OPENAI_MODELS",
+    "CLIP",
+    "CLIPConfig",
+    "Execution",
+    "ResNetConfig",
+    "TextConfig",
+    "VisionTransformerConfig",
+    "normalize",
+    "parameter_count",
+]

@@ -1,0 +1,105 @@
+"""CLIP: an image tower and a text tower that meet in one space (paper section 2.3, figure 3)."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from clip_jax.errors import UserError
+from clip_jax.models.config import CLIPConfig, Execution, ResNetConfig
+from clip_jax.models.initializers import constant
+from clip_jax.models.resnet import ModifiedResNet
+from clip_jax.models.text import TextOutput, TextTransformer
+from clip_jax.models.vision_transformer import VisionTransformer
+
+INITIAL_LOGIT_SCALE = float(np.log(1 / 0.07))
+
+Images = Float[Array | np.ndarray, "batch height width 3"]
+Tokens = Int[Array | np.ndarray, "batch length"]
+
+
+class CLIP(nn.Module):
+    """The model of OpenAI's clip/model.py.
+
+    Images are float32 (batch, R, R, 3), normalised by the config's mean and std; tokens are int32 (batch,
+    context_length) as `tokenize` makes them. Variables: `params` (float32), and `batch_stats` if the image tower
+    is a ResNet; with `train=True` pass `mutable=["batch_stats"]` to `apply`.
+
+    Attributes:
+      config: what the model is.
+      execution: how it runs.
+    """
+
+    config: CLIPConfig
+    execution: Execution = Execution()
+
+    def setup(self):
+        config, execution = self.config, self.execution
+        if isinstance(config.vision, ResNetConfig):
+            self.visual = ModifiedResNet(config.vision, config.embed_dim, execution)
+        else:
+            self.visual = VisionTransformer(config.vision, config.embed_dim, config.activation, execution)
+        self.text = TextTransformer(config.text, config.embed_dim, config.activation, execution)
+        self.logit_scale = self.param("logit_scale", constant(INITIAL_LOGIT_SCALE), ())
+
+    def __call__(
+        self, images: Images, tokens: Tokens, train: bool = False
+    ) -> tuple[Float[Array, "images texts"], Float[Array, "texts images"]]:
+        """(logits_per_image, logits_per_text): cosine similarities times exp(logit_scale), float32."""
+        image_features = normalize(self.encode_image(images, train))
+        text_features = normalize(self.encode_text(tokens))
+        logits_per_image = jnp.exp(self.logit_scale) * (image_features @ text_features.T)
+        return logits_per_image, logits_per_image.T
+
+    def encode_image(self, images: Images, train: bool = False) -> Float[Array, "batch embed_dim"]:
+        """Image features, not normalised, in the compute dtype."""
+        return self.visual(self._checked_images(images), train)
+
+    def encode_text(self, tokens: Tokens) -> Float[Array, "batch embed_dim"]:
+        """Text features, not normalised, in the compute dtype."""
+        return self.text(self._checked_tokens(tokens))
+
+    def image_hidden_states(
+        self, images: Images
+    ) -> Float[Array, "states batch tokens width"] | list[Float[Array, "..."]]:
+        """ViT: block inputs and outputs stacked. ResNet: the feature maps after the stem and after each block."""
+        return self.visual.hidden_states(self._checked_images(images))
+
+    def text_outputs(self, tokens: Tokens) -> TextOutput:
+        """Hidden states, last hidden state, pooled output and features of the text tower."""
+        return self.text.outputs(self._checked_tokens(tokens))
+
+    def _checked_images(self, images: Images) -> Float[Array, "batch height width 3"]:
+        resolution = self.config.vision.image_resolution
+        if images.ndim != 4 or images.shape[1:] != (resolution, resolution, 3):
+            raise UserError(
+                f"expected images of shape (batch, {resolution}, {resolution}, 3), got {images.shape}; "
+                "resize and crop them with the model's preprocess"
+            )
+        return jnp.asarray(images)
+
+    def _checked_tokens(self, tokens: Tokens) -> Int[Array, "batch length"]:
+        longest = self.config.text.context_length
+        if tokens.ndim != 2 or tokens.shape[1] > longest:
+            raise UserError(
+                f"expected tokens of shape (batch, at most {longest}), got {tokens.shape}; "
+                f"make them with tokenize(texts, context_length={longest})"
+            )
+        return jnp.asarray(tokens)
+
+
+def normalize(features: Float[Array, "batch embed_dim"]) -> Float[Array, "batch embed_dim"]:
+    """Rows of unit L2 norm, computed and returned in float32 (no epsilon, as in the reference)."""
+    features = features.astype(jnp.float32)
+    return features / jnp.linalg.norm(features, axis=-1, keepdims=True)
+
+
+def parameter_count(config: CLIPConfig) -> int:
+    """How many trained numbers the model has, without making any."""
+    model = CLIP(config)
+    resolution = config.vision.image_resolution
+    images = jax.ShapeDtypeStruct((1, resolution, resolution, 3), jnp.float32)
+    tokens = jax.ShapeDtypeStruct((1, config.text.context_length), jnp.int32)
+    variables = jax.eval_shape(model.init, jax.random.key(0), images, tokens)
+    return sum(leaf.size for leaf in jax.tree.leaves(variables["params"]))

@@ -1,0 +1,213 @@
+"""What a model is (CLIPConfig, saved with its weights) and how it runs (Execution, chosen per run)."""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+import jax.numpy as jnp
+
+from clip_jax.errors import UserError
+
+ACTIVATIONS = ("quick_gelu", "gelu")
+REMAT_POLICIES = ("none", "full", "dots", "attention")
+ATTENTION_IMPLEMENTATIONS = ("xla", "cudnn")
+
+# Pixel statistics of OpenAI's training set: the `_transform` of the reference implementation (clip/clip.py).
+OPENAI_IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
+OPENAI_IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+@dataclass(frozen=True)
+class VisionTransformerConfig:
+    """The ViT image tower. Sizes in pixels (image_resolution, patch_size) or features."""
+
+    image_resolution: int
+    patch_size: int
+    width: int
+    layers: int
+    heads: int
+    mlp_width: int
+
+    def __post_init__(self):
+        _check_positive(self)
+        _check_divides("image_resolution", self.image_resolution, "patch_size", self.patch_size)
+        _check_divides("vision width", self.width, "vision heads", self.heads)
+
+    @property
+    def tokens(self) -> int:
+        """Sequence length: one token a patch, and the class token."""
+        return (self.image_resolution // self.patch_size) ** 2 + 1
+
+
+@dataclass(frozen=True)
+class ResNetConfig:
+    """The ModifiedResNet image tower; `layers` are the blocks of its four stages, `heads` those of attnpool."""
+
+    image_resolution: int
+    width: int
+    layers: tuple[int, int, int, int]
+    heads: int
+
+    def __post_init__(self):
+        object.__setattr__(self, "layers", tuple(self.layers))
+        _check_positive(self)
+        if len(self.layers) != 4:
+            raise UserError(f"a ModifiedResNet has 4 stages, but layers={self.layers} names {len(self.layers)}")
+        _check_divides("image_resolution", self.image_resolution, "the total stride", 32)
+        _check_divides("the stem's width", self.width, "2", 2)
+        _check_divides("the attention pool's width", self.output_width, "vision heads", self.heads)
+
+    @property
+    def output_width(self) -> int:
+        """Channels after the last stage: the first stage has `width`, each doubles it, expansion 4."""
+        return self.width * 32
+
+    @property
+    def tokens(self) -> int:
+        """Sequence length of the attention pool: one token a cell of the last feature map, and their mean."""
+        return (self.image_resolution // 32) ** 2 + 1
+
+
+@dataclass(frozen=True)
+class TextConfig:
+    """The causal text Transformer."""
+
+    width: int
+    heads: int
+    mlp_width: int
+    layers: int = 12
+    context_length: int = 77
+    vocab_size: int = 49408
+
+    def __post_init__(self):
+        _check_positive(self)
+        _check_divides("text width", self.width, "text heads", self.heads)
+
+
+@dataclass(frozen=True)
+class CLIPConfig:
+    """Everything that decides what a CLIP model computes; it travels with the weights.
+
+    The activation and the pixel statistics belong to it, because weights trained with one and run with another
+    lose accuracy without any error.
+    """
+
+    embed_dim: int
+    vision: VisionTransformerConfig | ResNetConfig
+    text: TextConfig
+    activation: str = "quick_gelu"
+    image_mean: tuple[float, float, float] = OPENAI_IMAGE_MEAN
+    image_std: tuple[float, float, float] = OPENAI_IMAGE_STD
+
+    def __post_init__(self):
+        object.__setattr__(self, "image_mean", tuple(self.image_mean))
+        object.__setattr__(self, "image_std", tuple(self.image_std))
+        if self.embed_dim < 1:
+            raise UserError(f"embed_dim must be at least 1, got {self.embed_dim}")
+        _check_choice("activation", self.activation, ACTIVATIONS)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The configuration as plain JSON-able values; `from_dict` is its inverse."""
+        values = dataclasses.asdict(self)
+        values["vision"]["type"] = "resnet" if isinstance(self.vision, ResNetConfig) else "vit"
+        return values
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "CLIPConfig":
+        """Inverse of `to_dict`.
+
+        Raises:
+          UserError: a field is missing, unknown or has an impossible value.
+        """
+        try:
+            vision = dict(values["vision"])
+            kind = vision.pop("type")
+            vision_class = {"vit": VisionTransformerConfig, "resnet": ResNetConfig}[kind]
+            others = {k: v for k, v in values.items() if k not in ("vision", "text")}
+            return cls(vision=vision_class(**vision), text=TextConfig(**values["text"]), **others)
+        except (KeyError, TypeError) as error:
+            raise UserError(f"not a CLIP configuration: {error}") from error
+
+
+@dataclass(frozen=True)
+class Execution:
+    """How a model runs; none of this changes its parameters, and only `dtype` changes its numbers noticeably.
+
+    Attributes:
+      dtype: the compute type, "float32" or "bfloat16". Parameters, LayerNorm and BatchNorm statistics, softmax,
+        L2 norms, logits and losses are float32 regardless.
+      remat: what the backward pass recomputes in every Transformer block and residual stage: "none" keeps all
+        activations; "full" keeps only each block's input; "dots" keeps the matrix products with weights;
+        "attention" recomputes the attention alone.
+      unroll: how many Transformer blocks one iteration of the layer loop holds.
+      attention: "xla" everywhere; "cudnn" (fused) on NVIDIA GPUs in bfloat16.
+    """
+
+    dtype: str = "float32"
+    remat: str = "none"
+    unroll: int = 1
+    attention: str = "xla"
+
+    def __post_init__(self):
+        _check_choice("dtype", self.dtype, ("float32", "bfloat16"))
+        _check_choice("remat", self.remat, REMAT_POLICIES)
+        _check_choice("attention", self.attention, ATTENTION_IMPLEMENTATIONS)
+        if self.unroll < 1:
+            raise UserError(f"unroll must be at least 1, got {self.unroll}")
+        if self.attention == "cudnn" and self.dtype != "bfloat16":
+            raise UserError('attention="cudnn" computes in bfloat16 only; set dtype to "bfloat16" or attention to "xla"')
+
+    @property
+    def compute_dtype(self) -> jnp.dtype:
+        """`dtype` as jax.numpy knows it."""
+        return jnp.dtype(self.dtype)
+
+
+def _check_positive(config: Any) -> None:
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        for number in value if isinstance(value, tuple) else (value,):
+            if not isinstance(number, int) or number < 1:
+                raise UserError(f"{type(config).__name__}.{field.name} must be at least 1, got {value!r}")
+
+
+def _check_divides(what: str, number: int, by_what: str, divisor: int) -> None:
+    if number % divisor:
+        raise UserError(f"{what} must be a multiple of {by_what}, got {number} and {divisor}")
+
+
+def _check_choice(what: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise UserError(f"{what} must be one of {', '.join(choices)}; got {value!r}")
+
+
+def _vit(embed_dim: int, resolution: int, patch: int, width: int, layers: int, text_width: int) -> CLIPConfig:
+    vision = VisionTransformerConfig(resolution, patch, width, layers, heads=width // 64, mlp_width=4 * width)
+    return CLIPConfig(embed_dim, vision, _text(text_width))
+
+
+def _resnet(embed_dim: int, resolution: int, width: int, layers: tuple, text_width: int) -> CLIPConfig:
+    vision = ResNetConfig(resolution, width, layers, heads=width * 32 // 64)
+    return CLIPConfig(embed_dim, vision, _text(text_width))
+
+
+def _text(width: int) -> TextConfig:
+    return TextConfig(width=width, heads=width // 64, mlp_width=4 * width)
+
+
+# The nine released models, in OpenAI's spelling and order (clip/clip.py, model-card.md; paper tables 19 and 20).
+OPENAI_MODELS: Mapping[str, CLIPConfig] = MappingProxyType(
+    {
+        "RN50": _resnet(1024, 224, 64, (3, 4, 6, 3), 512),
+        "RN101": _resnet(512, 224, 64, (3, 4, 23, 3), 512),
+        "RN50x4": _resnet(640, 288, 80, (4, 6, 10, 6), 640),
+        "RN50x16": _resnet(768, 384, 96, (6, 8, 18, 8), 768),
+        "RN50x64": _resnet(1024, 448, 128, (3, 15, 36, 10), 1024),
+        "ViT-B/32": _vit(512, 224, 32, 768, 12, 512),
+        "ViT-B/16": _vit(512, 224, 16, 768, 12, 512),
+        "ViT-L/14": _vit(768, 224, 14, 1024, 24, 768),
+        "ViT-L/14@336px": _vit(768, 336, 14, 1024, 24, 768),
+    }
+)

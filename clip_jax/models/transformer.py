@@ -1,0 +1,206 @@
+"""The residual attention blocks that the ViT and the text tower share.
+
+Blocks are stacked: every parameter of the stack has a leading axis of length `layers`, whatever the execution
+options, so a checkpoint has one layout. Names follow OpenAI's clip/model.py.
+"""
+
+from collections.abc import Callable
+from functools import partial
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from clip_jax.models.config import Execution
+from clip_jax.models.initializers import BlockInitializers, constant, torch_linear
+
+LAYER_NORM_EPSILON = 1e-5
+
+
+def quick_gelu(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """x * sigmoid(1.702 x), the activation of OpenAI's models."""
+    return x * jax.nn.sigmoid(1.702 * x)
+
+
+def activation_function(name: str) -> Callable[[Float[Array, "*shape"]], Float[Array, "*shape"]]:
+    """The function that `CLIPConfig.activation` names; "gelu" is the exact one, as in PyTorch."""
+    return {"quick_gelu": quick_gelu, "gelu": partial(jax.nn.gelu, approximate=False)}[name]
+
+
+def layer_norm(name: str | None, dtype: jnp.dtype) -> nn.LayerNorm:
+    """LayerNorm with OpenAI's epsilon: statistics in float32, the result in `dtype`."""
+    return nn.LayerNorm(
+        epsilon=LAYER_NORM_EPSILON,
+        dtype=dtype,
+        use_fast_variance=False,
+        scale_init=constant(1.0, "norm"),
+        bias_init=constant(0.0, "norm"),
+        name=name,
+    )
+
+
+def dot_product_attention(
+    query: Float[Array, "batch queries heads head_dim"],
+    key: Float[Array, "batch keys heads head_dim"],
+    value: Float[Array, "batch keys heads head_dim"],
+    *,
+    causal: bool = False,
+    implementation: str = "xla",
+) -> Float[Array, "batch queries heads head_dim"]:
+    """softmax(query key^T / sqrt(head_dim)) value, the softmax in float32.
+
+    Args:
+      query: one vector a query token and head.
+      key: one vector a key token and head.
+      value: likewise.
+      causal: a token attends to itself and to those before it only.
+      implementation: see `Execution.attention`.
+    """
+    if implementation == "cudnn":
+        return jax.nn.dot_product_attention(query, key, value, is_causal=causal, implementation="cudnn")
+    scale = query.shape[-1] ** -0.5
+    logits = jnp.einsum("bqhd,bkhd->bhqk", query * scale, key, preferred_element_type=jnp.float32)
+    if causal:
+        mask = jnp.tril(jnp.ones(logits.shape[-2:], bool))
+        logits = jnp.where(mask[None, None], logits, -jnp.inf)
+    weights = jax.nn.softmax(logits, axis=-1).astype(value.dtype)
+    return jnp.einsum("bhqk,bkhd->bqhd", weights, value)
+
+
+class MultiheadAttention(nn.Module):
+    """Self-attention with separate query, key and value projections (PyTorch packs them into in_proj_weight)."""
+
+    heads: int
+    causal: bool
+    initializers: BlockInitializers
+    execution: Execution
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "batch length width"]) -> Float[Array, "batch length width"]:
+        width = x.shape[-1]
+        project = partial(
+            nn.DenseGeneral,
+            features=(self.heads, width // self.heads),
+            dtype=self.execution.compute_dtype,
+            kernel_init=self.initializers.qkv("embed", "heads", "head_dim"),
+            bias_init=constant(0.0, "heads", "head_dim"),
+        )
+        attend = partial(
+            dot_product_attention, causal=self.causal, implementation=self.execution.attention
+        )
+        if self.execution.remat == "attention":
+            attend = jax.checkpoint(attend)
+        y = attend(project(name="query")(x), project(name="key")(x), project(name="value")(x))
+        return nn.DenseGeneral(
+            features=width,
+            axis=(-2, -1),
+            dtype=self.execution.compute_dtype,
+            kernel_init=self.initializers.out("heads", "head_dim", "embed"),
+            bias_init=constant(0.0, "norm"),
+            name="out",
+        )(y)
+
+
+class MLP(nn.Module):
+    """Linear to `mlp_width`, activation, linear back."""
+
+    mlp_width: int
+    activation: str
+    initializers: BlockInitializers
+    execution: Execution
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "batch length width"]) -> Float[Array, "batch length width"]:
+        width, dtype = x.shape[-1], self.execution.compute_dtype
+        h = nn.Dense(
+            self.mlp_width,
+            dtype=dtype,
+            kernel_init=self.initializers.c_fc("embed", "mlp"),
+            bias_init=torch_linear(width, "mlp"),
+            name="c_fc",
+        )(x)
+        h = nn.with_logical_constraint(activation_function(self.activation)(h), ("batch", "length", "mlp"))
+        return nn.Dense(
+            width,
+            dtype=dtype,
+            kernel_init=self.initializers.c_proj("mlp", "embed"),
+            bias_init=torch_linear(self.mlp_width, "norm"),
+            name="c_proj",
+        )(h)
+
+
+class ResidualAttentionBlock(nn.Module):
+    """x + attn(ln_1(x)), then x + mlp(ln_2(x)): one step of the scan over layers.
+
+    Returns the carry of the scan, and the block's output a second time if hidden states are collected.
+    """
+
+    heads: int
+    mlp_width: int
+    activation: str
+    causal: bool
+    initializers: BlockInitializers
+    execution: Execution
+    collect: bool
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "batch length width"], _: None
+    ) -> tuple[Float[Array, "batch length width"], Float[Array, "batch length width"] | None]:
+        dtype = self.execution.compute_dtype
+        x = nn.with_logical_constraint(x, ("batch", "length", "features"))
+        attn = MultiheadAttention(self.heads, self.causal, self.initializers, self.execution, name="attn")
+        x = x + attn(layer_norm("ln_1", dtype)(x))
+        mlp = MLP(self.mlp_width, self.activation, self.initializers, self.execution, name="mlp")
+        x = x + mlp(layer_norm("ln_2", dtype)(x))
+        return x, x if self.collect else None
+
+
+class Transformer(nn.Module):
+    """A stack of residual attention blocks, executed by `nn.scan`.
+
+    Returns the last block's output and, if `collect`, the outputs of all blocks stacked on a leading axis.
+    """
+
+    layers: int
+    heads: int
+    mlp_width: int
+    activation: str
+    causal: bool
+    initializers: BlockInitializers
+    execution: Execution
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "batch length width"], collect: bool = False
+    ) -> tuple[Float[Array, "batch length width"], Float[Array, "layers batch length width"] | None]:
+        stack = nn.scan(
+            rematerialised(ResidualAttentionBlock, self.execution),
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            length=self.layers,
+            unroll=min(self.execution.unroll, self.layers),
+            metadata_params={nn.PARTITION_NAME: "layers"},
+        )
+        block = stack(
+            heads=self.heads,
+            mlp_width=self.mlp_width,
+            activation=self.activation,
+            causal=self.causal,
+            initializers=self.initializers,
+            execution=self.execution,
+            collect=collect,
+            name="resblocks",
+        )
+        return block(x, None)
+
+
+def rematerialised(block: type[nn.Module], execution: Execution) -> type[nn.Module]:
+    """`block` with its backward pass recomputing what `execution.remat` says ("attention" acts inside the block)."""
+    if execution.remat == "full":
+        return nn.remat(block, prevent_cse=False)
+    if execution.remat == "dots":
+        policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+        return nn.remat(block, prevent_cse=False, policy=policy)
+    return block
