@@ -1,0 +1,103 @@
+"""Captions per second of our tokenizer, OpenAI's `simple_tokenizer.py` and the Rust package `tokenizers`.
+
+    python benchmarks/tokenizer.py [--captions 20000] [--rounds 5]
+
+They take turns in one process and one thread on the same captions: cold (empty caches) and warm (the same
+captions again); the median round counts. `tokenizers`, if installed, has the same merges and gets the
+reference's cleaning. On how many captions each differs from the reference is printed too.
+"""
+
+import argparse
+import functools
+import html
+import importlib.util
+import random
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from importlib import metadata
+
+import ftfy
+
+from clip_jax.tokenizer import bpe
+
+Encode = Callable[[str], list[int]]
+
+SUBJECTS = ("a photo of a dog", "two children", "an old man's boat", "the bride & groom", "a café in Paris")
+VERBS = ("running across", "sitting on", "painted in", "photographed by night near", "isn't really from")
+PLACES = ("the beach", "a wooden table", "New York, NY", "a garden (close-up)", "Zürich", "a mountain lake")
+
+
+def captions(count: int, rng: random.Random) -> Iterator[str]:
+    """Yields captions like web data's: common and rare words, numbers, punctuation, some non-ASCII."""
+    pieces = bpe.vocabulary().pieces
+    words = [piece[:-4].decode() for piece in pieces if piece.endswith(b"</w>") and piece.isascii()]
+    for _ in range(count):
+        phrase = [*map(rng.choice, (SUBJECTS, VERBS, PLACES)), *rng.choices(words, k=rng.randrange(6))]
+        ending = rng.choice(("", ".", "!", f" - {rng.randrange(1900, 2025)}", f" #{rng.randrange(10**6)}"))
+        yield " ".join(phrase) + ending
+
+
+def ours() -> Encode:
+    """Returns clip_jax's tokenizer with empty caches."""
+    bpe.vocabulary()
+    bpe._cached_chunk_ids.cache_clear()
+    return bpe.encode
+
+
+@functools.cache
+def reference_module():
+    """Loads OpenAI's tokenizer by path: importing its package needs torch."""
+    path = metadata.distribution("openai-clip").locate_file("clip/simple_tokenizer.py")
+    spec = importlib.util.spec_from_file_location("simple_tokenizer", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def reference() -> Encode:
+    """Returns OpenAI's tokenizer with an empty cache."""
+    return reference_module().SimpleTokenizer().encode
+
+
+def rust() -> Encode:
+    """Returns a tokenizer of the package `tokenizers`: the reference's merges, pattern and cleaning."""
+    import tokenizers
+    from tokenizers.pre_tokenizers import ByteLevel, Sequence, Split
+
+    tables = reference_module().SimpleTokenizer()
+    merges = list(tables.bpe_ranks)
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(tables.encoder, merges, end_of_word_suffix="</w>"))
+    words = tokenizers.Regex(r"'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+")
+    cut, to_bytes = Split(words, "removed", invert=True), ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = Sequence([cut, to_bytes])
+    return lambda text: tokenizer.encode(html.unescape(html.unescape(ftfy.fix_text(text))).lower()).ids
+
+
+def main() -> None:
+    """Prints one line per tokenizer."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--captions", type=int, default=20_000)
+    parser.add_argument("--rounds", type=int, default=5)
+    flags = parser.parse_args()
+    texts = list(captions(flags.captions, random.Random(0)))
+    makers = {"clip_jax": ours, "openai-clip": reference}
+    if importlib.util.find_spec("tokenizers"):
+        makers["tokenizers"] = rust
+    seconds = {(name, state): [] for name in makers for state in ("cold", "warm")}
+    ids = {}
+    for _ in range(flags.rounds):
+        for name, make in makers.items():
+            encode = make()
+            for state in ("cold", "warm"):
+                start = time.perf_counter()
+                ids[name] = [encode(text) for text in texts]
+                seconds[name, state].append(time.perf_counter() - start)
+    for name in makers:
+        cold, warm = (len(texts) / statistics.median(seconds[name, state]) for state in ("cold", "warm"))
+        different = sum(a != b for a, b in zip(ids[name], ids["openai-clip"], strict=True))
+        print(f"{name:12}{cold:9,.0f} captions/s cold{warm:9,.0f} warm {different:6} of {len(texts)} differ")
+
+
+if __name__ == "__main__":
+    main()
