@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from functools import cache, lru_cache
 from importlib import metadata
 from itertools import pairwise
-from typing import NamedTuple
+from typing import NamedTuple, SupportsIndex
 
 import ftfy
 import numpy as np
@@ -98,7 +98,7 @@ def encode(text: str) -> list[int]:
     return ids
 
 
-def decode(ids: Iterable[int]) -> str:
+def decode(ids: Iterable[SupportsIndex]) -> str:
     """Returns the text of some ids, a space after each word, special tokens spelt (`SimpleTokenizer.decode`).
 
     Raises:
