@@ -11,8 +11,8 @@ from clip_jax.models.config import (
 )
 
 __all__ = [
-    "OPENAI_MODELS",
     "CLIP",
+    "OPENAI_MODELS",
     "CLIPConfig",
     "Execution",
     "ResNetConfig",

@@ -13,7 +13,10 @@ from clip_jax.models.resnet import ModifiedResNet
 from clip_jax.models.text import TextOutput, TextTransformer
 from clip_jax.models.vision_transformer import VisionTransformer
 
-INITIAL_LOGIT_SCALE = float(np.log(1 / 0.07))
+# What training starts from: the paper's temperature for the softmax loss, SigLIP's scale and bias for the sigmoid.
+SOFTMAX_LOGIT_SCALE = float(np.log(1 / 0.07))
+SIGMOID_LOGIT_SCALE = float(np.log(10))
+SIGMOID_LOGIT_BIAS = -10.0
 
 Images = Float[Array | np.ndarray, "batch height width 3"]
 Tokens = Int[Array | np.ndarray, "batch length"]
@@ -41,15 +44,20 @@ class CLIP(nn.Module):
         else:
             self.visual = VisionTransformer(config.vision, config.embed_dim, config.activation, execution)
         self.text = TextTransformer(config.text, config.embed_dim, config.activation, execution)
-        self.logit_scale = self.param("logit_scale", constant(INITIAL_LOGIT_SCALE), ())
+        scale = SIGMOID_LOGIT_SCALE if config.logit_bias else SOFTMAX_LOGIT_SCALE
+        self.logit_scale = self.param("logit_scale", constant(scale), ())
+        if config.logit_bias:
+            self.logit_bias = self.param("logit_bias", constant(SIGMOID_LOGIT_BIAS), ())
 
     def __call__(
         self, images: Images, tokens: Tokens, train: bool = False
     ) -> tuple[Float[Array, "images texts"], Float[Array, "texts images"]]:
-        """(logits_per_image, logits_per_text): cosine similarities times exp(logit_scale), float32."""
+        """(logits_per_image, logits_per_text): cosine similarities times exp(logit_scale), plus the bias if any."""
         image_features = normalize(self.encode_image(images, train))
         text_features = normalize(self.encode_text(tokens))
         logits_per_image = jnp.exp(self.logit_scale) * (image_features @ text_features.T)
+        if self.config.logit_bias:
+            logits_per_image = logits_per_image + self.logit_bias
         return logits_per_image, logits_per_image.T
 
     def encode_image(self, images: Images, train: bool = False) -> Float[Array, "batch embed_dim"]:

@@ -91,13 +91,15 @@ class CLIPConfig:
     """Everything that decides what a CLIP model computes; it travels with the weights.
 
     The activation and the pixel statistics belong to it, because weights trained with one and run with another
-    lose accuracy without any error.
+    lose accuracy without any error. `logit_bias` says that the logits have a learned bias, as the sigmoid loss of
+    SigLIP wants it (arXiv 2303.15343); OpenAI's models have none.
     """
 
     embed_dim: int
     vision: VisionTransformerConfig | ResNetConfig
     text: TextConfig
     activation: str = "quick_gelu"
+    logit_bias: bool = False
     image_mean: tuple[float, float, float] = OPENAI_IMAGE_MEAN
     image_std: tuple[float, float, float] = OPENAI_IMAGE_STD
 
@@ -157,7 +159,9 @@ class Execution:
         if self.unroll < 1:
             raise UserError(f"unroll must be at least 1, got {self.unroll}")
         if self.attention == "cudnn" and self.dtype != "bfloat16":
-            raise UserError('attention="cudnn" computes in bfloat16 only; set dtype to "bfloat16" or attention to "xla"')
+            raise UserError(
+                'attention="cudnn" computes in bfloat16 only; set dtype to "bfloat16" or attention to "xla"'
+            )
 
     @property
     def compute_dtype(self) -> jnp.dtype:

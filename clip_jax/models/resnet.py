@@ -4,16 +4,14 @@ Three differences from a plain ResNet: a stem of three convolutions, an average 
 convolution so that none aliases, and an attention pool instead of the final average.
 """
 
-from functools import partial
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from clip_jax.models.attention import ToHeads, dot_product_attention
 from clip_jax.models.config import Execution, ResNetConfig
 from clip_jax.models.initializers import constant, normal, torch_linear
-from clip_jax.models.transformer import dot_product_attention
 
 EXPANSION = 4
 BATCH_NORM_EPSILON = 1e-5
@@ -38,7 +36,7 @@ class BatchNorm(nn.Module):
         running_mean = self.variable("batch_stats", "mean", jnp.zeros, (channels,))
         running_var = self.variable("batch_stats", "var", jnp.ones, (channels,))
         scale = self.param("scale", self.scale_init, (channels,))
-        bias = self.param("bias", constant(0.0, "channels"), (channels,))
+        bias = self.param("bias", constant(0.0, "norm"), (channels,))
         x32 = x.astype(jnp.float32)
         if train:
             mean = x32.mean((0, 1, 2))
@@ -65,7 +63,7 @@ def _per_channel(x: Float[Array, "channels"]) -> Float[Array, "1 1 1 channels"]:
 
 def batch_norm(dtype: jnp.dtype, zero: bool = False) -> BatchNorm:
     """A BatchNorm whose scale starts at one, or at zero (the last of each block, so that blocks start as identity)."""
-    return BatchNorm(dtype, scale_init=constant(0.0 if zero else 1.0, "channels"))
+    return BatchNorm(dtype, scale_init=constant(0.0 if zero else 1.0, "norm"))
 
 
 def conv(features: int, kernel: int, fan_in: int, dtype: jnp.dtype, stride: int = 1) -> nn.Conv:
@@ -137,14 +135,11 @@ class AttentionPool2d(nn.Module):
         positions = self.param("positional_embedding", normal(std, "positions", "embed"), (self.tokens, channels))
         x = x.reshape(batch, -1, channels)
         x = jnp.concatenate([x.mean(axis=1, keepdims=True), x], axis=1) + positions.astype(dtype)[None]
-        project = partial(
-            nn.DenseGeneral,
-            features=(self.heads, channels // self.heads),
-            dtype=dtype,
-            kernel_init=normal(std, "embed", "heads", "head_dim"),
-            bias_init=torch_linear(channels, "heads", "head_dim"),
+        kernel_init, bias_init = normal(std, "embed", "heads", "head_dim"), torch_linear(channels, "heads", "head_dim")
+        query, key, value = (
+            ToHeads(self.heads, dtype, kernel_init, bias_init, name=name)(tokens)
+            for name, tokens in (("q_proj", x[:, :1]), ("k_proj", x), ("v_proj", x))
         )
-        query, key, value = project(name="q_proj")(x[:, :1]), project(name="k_proj")(x), project(name="v_proj")(x)
         y = dot_product_attention(query, key, value)
         c_proj = nn.Dense(
             self.embed_dim,
@@ -182,9 +177,7 @@ class ModifiedResNet(nn.Module):
         self.layer4 = self._stage(block, width * 16, width * 8, config.layers[3], stride=2)
         self.attnpool = AttentionPool2d(config.tokens, config.heads, self.embed_dim, self.execution)
 
-    def _stage(
-        self, block: type[nn.Module], inplanes: int, planes: int, blocks: int, stride: int
-    ) -> list[nn.Module]:
+    def _stage(self, block: type[nn.Module], inplanes: int, planes: int, blocks: int, stride: int) -> list[nn.Module]:
         dtype = self.execution.compute_dtype
         first = block(inplanes, planes, stride, dtype)
         return [first] + [block(planes * EXPANSION, planes, 1, dtype) for _ in range(blocks - 1)]

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from clip_jax.models.attention import MultiheadAttention
 from clip_jax.models.config import Execution
 from clip_jax.models.initializers import BlockInitializers, constant, torch_linear
 
@@ -38,68 +39,6 @@ def layer_norm(name: str | None, dtype: jnp.dtype) -> nn.LayerNorm:
         bias_init=constant(0.0, "norm"),
         name=name,
     )
-
-
-def dot_product_attention(
-    query: Float[Array, "batch queries heads head_dim"],
-    key: Float[Array, "batch keys heads head_dim"],
-    value: Float[Array, "batch keys heads head_dim"],
-    *,
-    causal: bool = False,
-    implementation: str = "xla",
-) -> Float[Array, "batch queries heads head_dim"]:
-    """softmax(query key^T / sqrt(head_dim)) value, the softmax in float32.
-
-    Args:
-      query: one vector a query token and head.
-      key: one vector a key token and head.
-      value: likewise.
-      causal: a token attends to itself and to those before it only.
-      implementation: see `Execution.attention`.
-    """
-    if implementation == "cudnn":
-        return jax.nn.dot_product_attention(query, key, value, is_causal=causal, implementation="cudnn")
-    scale = query.shape[-1] ** -0.5
-    logits = jnp.einsum("bqhd,bkhd->bhqk", query * scale, key, preferred_element_type=jnp.float32)
-    if causal:
-        mask = jnp.tril(jnp.ones(logits.shape[-2:], bool))
-        logits = jnp.where(mask[None, None], logits, -jnp.inf)
-    weights = jax.nn.softmax(logits, axis=-1).astype(value.dtype)
-    return jnp.einsum("bhqk,bkhd->bqhd", weights, value)
-
-
-class MultiheadAttention(nn.Module):
-    """Self-attention with separate query, key and value projections (PyTorch packs them into in_proj_weight)."""
-
-    heads: int
-    causal: bool
-    initializers: BlockInitializers
-    execution: Execution
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "batch length width"]) -> Float[Array, "batch length width"]:
-        width = x.shape[-1]
-        project = partial(
-            nn.DenseGeneral,
-            features=(self.heads, width // self.heads),
-            dtype=self.execution.compute_dtype,
-            kernel_init=self.initializers.qkv("embed", "heads", "head_dim"),
-            bias_init=constant(0.0, "heads", "head_dim"),
-        )
-        attend = partial(
-            dot_product_attention, causal=self.causal, implementation=self.execution.attention
-        )
-        if self.execution.remat == "attention":
-            attend = jax.checkpoint(attend)
-        y = attend(project(name="query")(x), project(name="key")(x), project(name="value")(x))
-        return nn.DenseGeneral(
-            features=width,
-            axis=(-2, -1),
-            dtype=self.execution.compute_dtype,
-            kernel_init=self.initializers.out("heads", "head_dim", "embed"),
-            bias_init=constant(0.0, "norm"),
-            name="out",
-        )(y)
 
 
 class MLP(nn.Module):
