@@ -89,10 +89,11 @@ def softmax_loss_ring(
     Raises:
       UserError: the batch does not divide over the devices, or the tile is not positive.
     """
-    batch = _check(image_features.shape[0], mesh, tile)
+    batch = image_features.shape[0]
+    devices = _ring(batch, mesh, tile)
 
     def local_loss(images, texts, logit_scale):
-        total = ring.softmax_loss(images, texts, _vary(logit_scale), BATCH_AXES, tile)
+        total = ring.softmax_loss(images, texts, _vary(logit_scale), devices)
         return jax.lax.psum(total, BATCH_AXES) / (2 * batch)
 
     return _sharded(local_loss, mesh, scalars=1)(image_features, text_features, logit_scale)
@@ -122,10 +123,11 @@ def sigmoid_loss_ring(
     Raises:
       UserError: the batch does not divide over the devices, or the tile is not positive.
     """
-    batch = _check(image_features.shape[0], mesh, tile)
+    batch = image_features.shape[0]
+    devices = _ring(batch, mesh, tile)
 
     def local_loss(images, texts, logit_scale, logit_bias):
-        total = ring.sigmoid_loss(images, texts, _vary(logit_scale), _vary(logit_bias), BATCH_AXES, tile)
+        total = ring.sigmoid_loss(images, texts, _vary(logit_scale), _vary(logit_bias), devices)
         return jax.lax.psum(total, BATCH_AXES) / batch
 
     return _sharded(local_loss, mesh, scalars=2)(image_features, text_features, logit_scale, logit_bias)
@@ -140,7 +142,7 @@ def _sharded(local_loss, mesh: Mesh, scalars: int):
 _vary = partial(jax.lax.pcast, axis_name=BATCH_AXES, to="varying")
 
 
-def _check(batch: int, mesh: Mesh, tile: int) -> int:
+def _ring(batch: int, mesh: Mesh, tile: int) -> ring.Ring:
     devices = mesh.shape["data"] * mesh.shape["fsdp"]
     if batch % devices:
         below = batch // devices * devices
@@ -150,4 +152,4 @@ def _check(batch: int, mesh: Mesh, tile: int) -> int:
         )
     if tile < 1:
         raise UserError(f"expected a tile of at least one row, got {tile}: 512 is a good start")
-    return batch
+    return ring.make_ring(mesh, BATCH_AXES, tile)

@@ -21,19 +21,60 @@ inside a custom_vjp its transpose is not taken into account.
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from itertools import groupby
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
-Axes = tuple[str, ...]  # the mesh axes whose devices form the ring
 Tree = Any
 
 # The logit of a pair that does not count. Finite, so that zero weight times it is zero.
 _MASKED = -1e20
 # The peak of an empty sum: below every logit and above the masked ones, which thus add exp(-large) = 0.
 _EMPTY = 0.5 * _MASKED
+
+
+class Ring(NamedTuple):
+    """The devices that share the batch, in the order in which texts visit them.
+
+    Attributes:
+      axes: the mesh axes over which the batch is sharded.
+      hops: (from, to) pairs of positions along the flattened axes.
+      tile: rows of logits computed at a time, at most.
+    """
+
+    axes: tuple[str, ...]
+    hops: tuple[tuple[int, int], ...]
+    tile: int
+
+
+def make_ring(mesh: Mesh, axes: tuple[str, ...], tile: int) -> Ring:
+    """The ring over `axes` (the mesh's leading ones) whose hops follow the machine's wires.
+
+    Devices with coordinates (TPUs) are visited row by row, in turns forwards and backwards, so that a hop changes
+    one coordinate: on a v5e slice the compiler makes a transfer wait when any of its hops turns a corner.
+    """
+    devices = mesh.devices.reshape(*mesh.devices.shape[: len(axes)], -1)[..., 0].ravel()
+
+    def place(position):
+        device = devices[position]
+        coordinates = (*getattr(device, "coords", (position,)), getattr(device, "core_on_chip", 0))
+        return getattr(device, "slice_index", 0), *coordinates
+
+    order = [position for *_, position in snake(sorted((*place(i), i) for i in range(len(devices))))]
+    return Ring(axes, tuple(zip(order, order[1:] + order[:1], strict=True)), tile)
+
+
+def snake(points: list[tuple[int, ...]]) -> list[tuple[int, ...]]:
+    """Reorders sorted grid points so that neighbours in the list are neighbours in the grid."""
+    if len(points) == 1 or not points[0]:
+        return points
+    rows = [(first, [point[1:] for point in row]) for first, row in groupby(points, key=lambda point: point[0])]
+    path = [[(first, *point) for point in snake(row)] for first, row in rows]
+    return [point for number, row in enumerate(path) for point in (reversed(row) if number % 2 else row)]
 
 
 def product(subscripts: str, a: Float[Array, "..."], b: Float[Array, "..."]) -> Float[Array, "..."]:
@@ -46,9 +87,7 @@ def product(subscripts: str, a: Float[Array, "..."], b: Float[Array, "..."]) -> 
     return jnp.einsum(subscripts, a, b, precision=precision, preferred_element_type=jnp.float32)
 
 
-def paired_cosines(
-    images: Float[Array, "local width"], texts: Float[Array, "local width"]
-) -> Float[Array, " local"]:
+def paired_cosines(images: Float[Array, "local width"], texts: Float[Array, "local width"]) -> Float[Array, " local"]:
     """The dot product of each image with its own text, in float32."""
     return jnp.sum(images.astype(jnp.float32) * texts.astype(jnp.float32), axis=-1)
 
@@ -56,22 +95,21 @@ def paired_cosines(
 # --- softmax (CLIP, arXiv 2103.00020, figure 3) ------------------------------------------------------------------
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
 def softmax_loss(
     images: Float[Array, "local width"],
     texts: Float[Array, "local width"],
     logit_scale: Float[Array, ""],
-    axes: Axes,
-    tile: int,
+    ring: Ring,
 ) -> Float[Array, ""]:
     """Sum over the device's examples of both cross entropies, image to text and text to image.
 
     With logits s, the first is log sum_j exp(s_ij) - s_ii = softplus(log sum_{j != i} exp(s_ij) - s_ii).
     """
-    return _softmax_forward(images, texts, logit_scale, axes, tile)[0]
+    return _softmax_forward(images, texts, logit_scale, ring)[0]
 
 
-def _softmax_forward(images, texts, logit_scale, axes, tile):
+def _softmax_forward(images, texts, logit_scale, ring):
     scale = jnp.exp(logit_scale)
 
     def visit(column_sums, rows, row_sums, texts, own):
@@ -79,15 +117,9 @@ def _softmax_forward(images, texts, logit_scale, axes, tile):
         return _add_exp(column_sums, cosines, scale, axis=0), _add_exp(row_sums, cosines, scale, axis=1), ()
 
     empty = (jnp.full_like(images[:, 0], _EMPTY, jnp.float32), jnp.zeros_like(images[:, 0], jnp.float32))
-    row_sums, column_sums, _ = _ring(
-        visit,
-        partial(_merge_exp, scale=scale),
-        rows={"image": images},
-        row_state=empty,
-        block=texts,
-        tally=empty,
-        axes=axes,
-        tile=tile,
+    merge = partial(_merge_exp, scale=scale)
+    row_sums, column_sums, _ = _rotate(
+        visit, merge, ring, rows={"image": images}, row_state=empty, block=texts, tally=empty
     )
     positives = paired_cosines(images, texts)
     row_loss, column_loss = (
@@ -96,7 +128,7 @@ def _softmax_forward(images, texts, logit_scale, axes, tile):
     return jnp.sum(row_loss + column_loss), (images, texts, logit_scale, row_loss, column_loss)
 
 
-def _softmax_backward(axes, tile, residuals, cotangent):
+def _softmax_backward(ring, residuals, cotangent):
     images, texts, logit_scale, row_loss, column_loss = residuals
     scale = jnp.exp(logit_scale)
     positives = paired_cosines(images, texts)
@@ -115,7 +147,7 @@ def _softmax_backward(axes, tile, residuals, cotangent):
     column = {"positive": positives, "loss": column_loss}
     positive_weight = jnp.expm1(-row_loss) + jnp.expm1(-column_loss)  # (p_ii - 1) + (q_ii - 1)
     d_images, d_texts, d_logit_scale = _feature_gradients(
-        weigh, images, texts, row, column, positive_weight, cotangent * scale, axes, tile
+        weigh, images, texts, row, column, positive_weight, cotangent * scale, ring
     )
     return d_images, d_texts, cotangent * d_logit_scale
 
@@ -126,35 +158,32 @@ softmax_loss.defvjp(_softmax_forward, _softmax_backward)
 # --- sigmoid (SigLIP, arXiv 2303.15343) --------------------------------------------------------------------------
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+@partial(jax.custom_vjp, nondiff_argnums=(4,))
 def sigmoid_loss(
     images: Float[Array, "local width"],
     texts: Float[Array, "local width"],
     logit_scale: Float[Array, ""],
     logit_bias: Float[Array, ""],
-    axes: Axes,
-    tile: int,
+    ring: Ring,
 ) -> Float[Array, ""]:
     """Sum over the device's images and all texts of -log sigmoid(z s), z = 1 for the pair, else -1."""
-    return _sigmoid_forward(images, texts, logit_scale, logit_bias, axes, tile)[0]
+    return _sigmoid_forward(images, texts, logit_scale, logit_bias, ring)[0]
 
 
-def _sigmoid_forward(images, texts, logit_scale, logit_bias, axes, tile):
+def _sigmoid_forward(images, texts, logit_scale, logit_bias, ring):
     scale = jnp.exp(logit_scale)
 
     def visit(contribution, rows, row_state, texts, own):
         logits = scale * product("id,jd->ij", rows["image"], texts) + logit_bias
         return contribution, row_state, jnp.sum(jax.nn.softplus(_mask(logits, rows["index"], own)))
 
-    *_, negative_loss = _ring(
-        visit, _add, rows={"image": images}, row_state=(), block=texts, tally=(), axes=axes, tile=tile
-    )
+    *_, negative_loss = _rotate(visit, _add, ring, rows={"image": images}, row_state=(), block=texts, tally=())
     positives = scale * paired_cosines(images, texts) + logit_bias
     loss = negative_loss + jnp.sum(jax.nn.softplus(-positives))
     return loss, (images, texts, logit_scale, logit_bias)
 
 
-def _sigmoid_backward(axes, tile, residuals, cotangent):
+def _sigmoid_backward(ring, residuals, cotangent):
     images, texts, logit_scale, logit_bias = residuals
     scale = jnp.exp(logit_scale)
 
@@ -165,7 +194,7 @@ def _sigmoid_backward(axes, tile, residuals, cotangent):
     cosines = paired_cosines(images, texts)
     positive_weight = -jax.nn.sigmoid(-(scale * cosines + logit_bias))
     d_images, d_texts, (d_scale, d_bias) = _feature_gradients(
-        weigh, images, texts, (), (), positive_weight, cotangent * scale, axes, tile
+        weigh, images, texts, (), (), positive_weight, cotangent * scale, ring
     )
     d_scale += jnp.sum(positive_weight * cosines)
     d_bias += jnp.sum(positive_weight)
@@ -178,7 +207,7 @@ sigmoid_loss.defvjp(_sigmoid_forward, _sigmoid_backward)
 # --- what both share ---------------------------------------------------------------------------------------------
 
 
-def _feature_gradients(weigh, images, texts, row, column, positive_weight, factor, axes, tile):
+def _feature_gradients(weigh, images, texts, row, column, positive_weight, factor, ring):
     """Gradients of the features, given those of the logits: `weigh(...)` for negatives, a vector for positives."""
 
     def visit(d_texts, rows, d_images, block, own):
@@ -191,23 +220,16 @@ def _feature_gradients(weigh, images, texts, row, column, positive_weight, facto
         return d_texts, d_images, scalars
 
     zeros = jnp.zeros_like(images, jnp.float32)
-    d_images, d_texts, scalars = _ring(
-        visit,
-        _add,
-        rows={"image": images, "row": row},
-        row_state=zeros,
-        block=(texts, column),
-        tally=zeros,
-        axes=axes,
-        tile=tile,
+    d_images, d_texts, scalars = _rotate(
+        visit, _add, ring, rows={"image": images, "row": row}, row_state=zeros, block=(texts, column), tally=zeros
     )
     d_images = factor * (d_images + positive_weight[:, None] * texts)
     d_texts = factor * (d_texts + positive_weight[:, None] * images)
     return d_images.astype(images.dtype), d_texts.astype(texts.dtype), scalars
 
 
-def _ring(
-    visit: Callable, merge: Callable, *, rows: Tree, row_state: Tree, block: Tree, tally: Tree, axes: Axes, tile: int
+def _rotate(
+    visit: Callable, merge: Callable, ring: Ring, *, rows: Tree, row_state: Tree, block: Tree, tally: Tree
 ) -> tuple[Tree, Tree, Tree]:
     """Shows every device's block to the rows of every device, tile by tile.
 
@@ -219,17 +241,14 @@ def _ring(
       row_state: arrays with leading axis `local` that stay and are updated.
       block: arrays that travel unchanged.
       tally: the empty value of what travels with the block and collects every device's contribution.
-      axes: the ring's mesh axes.
-      tile: rows a tile.
+      ring: the devices' order and the tile.
 
     Returns:
       row_state, the tally of the device's own block, and the scalars' sums over all visits.
     """
-    size = jax.lax.axis_size(axes)
-    neighbours = [(i, (i + 1) % size) for i in range(size)]
-    shift = partial(jax.lax.ppermute, axis_name=axes, perm=neighbours)
+    shift = partial(jax.lax.ppermute, axis_name=ring.axes, perm=ring.hops)
     local = jax.tree.leaves(rows)[0].shape[0]
-    rows, row_state = _cut((rows | {"index": jnp.arange(local)}, row_state), local, tile)
+    rows, row_state = _cut((rows | {"index": jnp.arange(local)}, row_state), local, ring.tile)
 
     def hop(carry, own):
         row_state, block, collected = carry
@@ -244,7 +263,7 @@ def _ring(
         contribution, (row_state, scalars) = jax.lax.scan(step, tally, (rows, row_state))
         return (row_state, next_block, merge(arriving, contribution)), scalars
 
-    (row_state, _, collected), scalars = jax.lax.scan(hop, (row_state, block, tally), jnp.arange(size) == 0)
+    (row_state, _, collected), scalars = jax.lax.scan(hop, (row_state, block, tally), jnp.arange(len(ring.hops)) == 0)
     uncut = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:])[:local], row_state)
     return uncut, shift(collected), jax.tree.map(jnp.sum, scalars)
 
@@ -262,9 +281,7 @@ def _cut(rows: Tree, local: int, tile: int) -> Tree:
     return jax.tree.map(cut, rows)
 
 
-def _mask(
-    logits: Float[Array, "rows columns"], index: Int[Array, " rows"], own: Array
-) -> Float[Array, "rows columns"]:
+def _mask(logits: Float[Array, "rows columns"], index: Int[Array, " rows"], own: Array) -> Float[Array, "rows columns"]:
     """Takes out the positive pairs, which lie in the device's own block, and the rows that fill up a tile."""
     positive = jnp.where(own, index, -1)[:, None] == jnp.arange(logits.shape[1])[None, :]
     return jnp.where(positive | (index < 0)[:, None], _MASKED, logits)
