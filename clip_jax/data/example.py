@@ -1,0 +1,53 @@
+"""What a data set is to the rest of the project: a sequence of examples that can be read in any order."""
+
+import dataclasses
+from typing import Protocol, runtime_checkable
+
+from PIL import Image
+
+
+@dataclasses.dataclass(frozen=True)
+class Example:
+    """One image with what is known about it.
+
+    Attributes:
+        image: The picture as stored, at any size.
+        captions: Texts that describe it; empty where the data set has only labels.
+        label: The number of its class, or None.
+    """
+
+    image: Image.Image
+    captions: tuple[str, ...] = ()
+    label: int | None = None
+
+
+@runtime_checkable
+class Source(Protocol):
+    """A finite data set with random access, safe to read from several threads at once.
+
+    Attributes:
+        name: What messages call it.
+    """
+
+    name: str
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Example: ...
+
+
+class Cached:
+    """A source that keeps each example after its first reading, for data that fits into memory."""
+
+    def __init__(self, source: Source):
+        self.name = source.name
+        self._source = source
+        self._examples: dict[int, Example] = {}
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def __getitem__(self, index: int) -> Example:
+        if index not in self._examples:
+            self._examples[index] = self._source[index]
+        return self._examples[index]
