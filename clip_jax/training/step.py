@@ -11,8 +11,9 @@ import optax
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, UInt8
 
+from clip_jax.data.preprocess import Preprocess
 from clip_jax.errors import UserError
-from clip_jax.models import CLIP, CLIPConfig, normalize
+from clip_jax.models import CLIP, normalize
 from clip_jax.parallel import batch_sharding, batch_shards, replicated, use_mesh
 from clip_jax.training.losses import sigmoid_loss_ring, softmax_loss_ring
 from clip_jax.training.state import TrainState, state_shardings
@@ -147,7 +148,10 @@ def encode(
 
     def encode_piece(variables: Mapping[str, Any], piece: tuple[Array, Array]) -> tuple[tuple[Array, Array], Any]:
         images, tokens = piece
-        images = normalize_pixels(images, model.config)
+        config = model.config
+        # Images travel to the device as bytes and become the model's floats there.
+        preprocess = Preprocess(config.vision.image_resolution, config.image_mean, config.image_std)
+        images = preprocess.normalize(images)
         image_features, updated = model.apply(
             variables, images, train=True, method=model.encode_image, mutable=["batch_stats"]
         )
@@ -183,11 +187,3 @@ def _join(x: Array, shards: int) -> Array:
     x = x.reshape(microbatches, shards, -1, *x.shape[2:])
     x = jnp.swapaxes(x, 0, 1)
     return x.reshape(-1, *x.shape[3:])
-
-
-def normalize_pixels(
-    images: UInt8[Array, "batch height width 3"], config: CLIPConfig
-) -> Float[Array, "batch height width 3"]:
-    """uint8 pixels -> the float32 values the model expects; images travel to the device as bytes."""
-    mean, std = (np.asarray(x, np.float32).reshape(1, 1, 1, 3) for x in (config.image_mean, config.image_std))
-    return (images.astype(jnp.float32) / 255 - mean) / std

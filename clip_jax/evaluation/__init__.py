@@ -1,0 +1,1 @@
+"""Judging: zero-shot classification, its metrics and the report."""

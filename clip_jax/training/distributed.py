@@ -1,0 +1,42 @@
+"""Joining the processes of a multi-host run."""
+
+import importlib.util
+import os
+from pathlib import Path
+
+import jax
+
+from clip_jax.errors import UserError
+
+
+def initialize(coordinator: str | None, processes: int | None, process_index: int | None) -> None:
+    """Make this process one of several, before anything else touches a device.
+
+    By hand when told where the coordinator is; by itself on TPU hosts and under Slurm, where JAX knows how to find
+    the others; otherwise nothing happens and the process is alone.
+
+    Args:
+      coordinator: HOST:PORT of process 0.
+      processes: their number.
+      process_index: which one this is.
+
+    Raises:
+      UserError: only some of the three are given, or they make no sense.
+    """
+    by_hand = (coordinator, processes, process_index)
+    if any(value is not None for value in by_hand):
+        if any(value is None for value in by_hand):
+            raise UserError("--coordinator, --processes and --process_index go together; give all three or none")
+        if not 0 <= process_index < processes:
+            raise UserError(
+                f"--process_index must be at least 0 and less than --processes {processes}, got {process_index}"
+            )
+        jax.distributed.initialize(coordinator, processes, process_index)
+    elif _on_tpu_host() or int(os.environ.get("SLURM_NTASKS", "1")) > 1:
+        jax.distributed.initialize()
+
+
+def _on_tpu_host() -> bool:
+    """libtpu is installed and the chips' device files are there."""
+    devices = any(Path("/dev").glob("accel*")) or any(Path("/dev/vfio").glob("[0-9]*"))
+    return importlib.util.find_spec("libtpu") is not None and devices

@@ -1,0 +1,60 @@
+"""Train a CLIP model, or plan its training on a TPU pod.
+
+  python train.py --config demo --workdir runs/demo
+  python train.py --config vit_l14 --plan v5e-256
+
+The run resumes by itself when --workdir already holds a run of the same config. On a TPU pod or under Slurm, start
+this on every host; elsewhere tell each process who it is with --coordinator, --processes and --process_index.
+"""
+
+import argparse
+from collections.abc import Sequence
+from typing import Any
+
+from clip_jax import cli
+from clip_jax.errors import UserError
+
+
+def main(argv: Sequence[str]) -> None:
+    """Parse the flags, then train or plan."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--workdir", help="where checkpoints, metrics and the configuration go (a folder or gs://...)")
+    parser.add_argument(
+        "--plan",
+        metavar="TOPOLOGY",
+        help="compile the train step for this TPU topology (v5e-256, v4-512, 2xv5e-256 for two slices) and print what "
+        "it needs; no accelerator is used",
+    )
+    parser.add_argument("--plan_output", metavar="FILE.json", help="also write the plan here")
+    parser.add_argument("--coordinator", metavar="HOST:PORT", help="address of process 0, when started by hand")
+    parser.add_argument("--processes", type=int, help="how many processes there are, when started by hand")
+    parser.add_argument("--process_index", type=int, help="which of them this is, when started by hand")
+    flags, config = cli.parse(parser, argv)
+    if flags.plan:
+        raise UserError("not yet")
+    if not flags.workdir:
+        raise UserError("expected --workdir DIR to train in (or --plan TOPOLOGY), got neither")
+    from clip_jax.training.distributed import initialize
+    from clip_jax.training.run import run
+
+    initialize(flags.coordinator, flags.processes, flags.process_index)
+    run(config.to_dict(), flags.workdir, zero_shot_evaluation)
+
+
+def zero_shot_evaluation(config: Any, model: Any, mesh: Any) -> Any:
+    """What training calls every `eval_every` steps: zero-shot accuracy on the config's data sets."""
+    from clip_jax.data.sources import evaluation_set
+    from clip_jax.evaluation.zero_shot import Encoders, zero_shot
+
+    encoders = Encoders(model, mesh)
+    datasets = [evaluation_set(name, config.data_dir) for name in config.eval_datasets]
+
+    def evaluate(state: Any) -> dict[str, float]:
+        results = {dataset.name: zero_shot(encoders, state.variables, dataset, progress=False) for dataset in datasets}
+        return {f"eval/{name}/{k}": v for name, result in results.items() for k, v in result.metrics.items()}
+
+    return evaluate
+
+
+if __name__ == "__main__":
+    cli.run(main)
