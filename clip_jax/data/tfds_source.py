@@ -119,7 +119,7 @@ def _find(features: dict[Path, Any], kind: type, wanted: str, name: str) -> Path
     """The path of the field of a kind that is wanted by name, or else has a usual name; None without one."""
     of_kind = {"/".join(path): path for path, feature in features.items() if isinstance(feature, kind)}
     if wanted and wanted not in of_kind:
-        known = ", ".join(of_kind) or "none"
+        known = ", ".join(sorted(of_kind)) or "none"
         raise UserError(f"{name} has no {kind.__name__} field {wanted!r}; its {kind.__name__} fields: {known}")
     return next((of_kind[field] for field in (wanted, *_USUAL_NAMES[kind]) if field in of_kind), None)
 

@@ -1,0 +1,191 @@
+import itertools
+import re
+import threading
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from clip_jax.data.digits import Digits
+from clip_jax.data.example import Example
+from clip_jax.data.pipeline import evaluation_batches, train_batches
+from clip_jax.data.preprocess import Preprocess
+from clip_jax.errors import UserError
+from clip_jax.tokenizer import decode, tokenize
+
+
+class Numbered:
+    """Example k is a picture whose red is k, wider than high and graded, with two captions that name k."""
+
+    def __init__(self, name, size, broken=None, error=None):
+        self.name, self._size, self._broken, self._error = name, size, broken, error
+
+    def __len__(self):
+        return self._size
+
+    def __getitem__(self, index):
+        if index == self._broken:
+            raise self._error("cannot read it")
+        pixels = np.full((8, 20, 3), index, np.uint8)
+        pixels[:, :, 1] = np.arange(20) * 10
+        pixels[:, :, 2] = np.arange(8)[:, None] * 10
+        captions = tuple(f"{way} {self.name} {index}" for way in ("picture", "photo"))
+        return Example(Image.fromarray(pixels), captions, index % 5)
+
+
+SOURCES = (Numbered("apple", 50), Numbered("pear", 30))
+
+
+def take(count, sources=SOURCES, weights=(3.0, 1.0), **changes):
+    settings = {"seed": 1, "batch_size": 16, "image_resolution": 8, "context_length": 8} | changes
+    batches = train_batches(sources, weights, **settings)
+    try:
+        return list(itertools.islice(batches, count))
+    finally:
+        batches.close()
+
+
+def assert_same(batches, expected):
+    for got, wanted in zip(batches, expected, strict=True):
+        assert got.keys() == wanted.keys()
+        for key in wanted:
+            np.testing.assert_array_equal(got[key], wanted[key])
+
+
+def texts_of(batches):
+    return [re.sub(r"<\|.*?\|>", "", decode(row.tolist())).strip("! ") for batch in batches for row in batch["text"]]
+
+
+def test_batches_have_the_promised_shapes():
+    (batch,) = take(1)
+    assert {key: (value.dtype, value.shape) for key, value in batch.items()} == {
+        "image": (np.uint8, (16, 8, 8, 3)),
+        "text": (np.int32, (16, 8)),
+    }
+
+
+@pytest.mark.parametrize("hosts", [2, 4])
+def test_global_batches_do_not_depend_on_the_number_of_hosts(hosts):
+    shares = [take(5, process_index=host, process_count=hosts) for host in range(hosts)]
+    steps = zip(*shares, strict=True)
+    joined = [{key: np.concatenate([part[key] for part in parts]) for key in parts[0]} for parts in steps]
+    assert_same(joined, take(5))
+
+
+def test_a_resumed_run_continues_exactly():
+    whole = take(12)
+    assert_same(take(5, start_step=7), whole[7:])
+
+
+def test_seeds_decide_the_batches():
+    (first,), (again,), (other,) = take(1), take(1), take(1, seed=2)
+    assert_same([first], [again])
+    assert (first["text"] != other["text"]).any()
+
+
+def test_images_and_texts_belong_together_and_come_once_per_epoch():
+    batches = take(5, sources=SOURCES[:1], weights=(1.0,), batch_size=10)
+    texts = texts_of(batches)
+    shades = np.concatenate([batch["image"][:, 0, 0, 0] for batch in batches])
+    assert [int(re.sub(r"\D", "", text)) for text in texts] == shades.tolist()  # a BPE token is one digit
+    assert sorted(shades) == list(range(50))
+    assert {text.split()[0] for text in texts} == {"picture", "photo"}
+
+
+def test_mixture_keeps_its_weights():
+    texts = texts_of(take(10))
+    assert sum("pear" in text for text in texts) == 40
+
+
+def test_crops_are_random_squares_of_the_resized_image():
+    batches = take(8, sources=SOURCES[:1], weights=(1.0,))
+    starts = np.concatenate([batch["image"][:, 0, 0, 1] for batch in batches]) / 10
+    assert set(starts) == set(range(13))
+    ramp = batches[0]["image"][0, 0, :, 1].astype(int)
+    assert (np.diff(ramp) == 10).all()
+
+
+def test_max_shift_moves_the_image_and_repeats_its_edge():
+    (plain,), (moved,) = (take(1, max_shift=shift, sources=SOURCES[:1], weights=(1.0,)) for shift in (0.0, 0.25))
+    places = {move: np.clip(np.arange(8) + move, 0, 7) for move in range(-2, 3)}
+    moves = []
+    for before, after in zip(plain["image"], moved["image"], strict=True):
+        matches = [(y, x) for y in places for x in places if (before[places[y]][:, places[x]] == after).all()]
+        assert len(matches) == 1
+        moves += matches
+    assert len({y for y, _ in moves}) > 2 and len({x for _, x in moves}) > 2
+
+
+def test_long_captions_are_truncated():
+    class Long(Numbered):
+        def __getitem__(self, index):
+            return Example(Image.new("RGB", (8, 8)), ("word " * 100,))
+
+    (batch,) = take(1, sources=(Long("long", 3),), weights=(1.0,))
+    np.testing.assert_array_equal(batch["text"][0], tokenize(["word " * 100], 8, truncate=True)[0])
+
+
+@pytest.mark.parametrize("error", [UserError, OSError])
+def test_unreadable_data_is_the_users_mistake_and_named(error):
+    with pytest.raises(UserError, match=r"^apple, example 7: cannot read it$"):
+        take(4, sources=(Numbered("apple", 50, broken=7, error=error),), weights=(1.0,))
+
+
+def test_other_errors_keep_their_type_and_name_the_example():
+    with pytest.raises(ZeroDivisionError) as caught:
+        take(4, sources=(Numbered("apple", 50, broken=7, error=ZeroDivisionError),), weights=(1.0,))
+    assert caught.value.__notes__ == ["while reading example 7 of apple"]
+
+
+def test_an_example_without_captions_is_named():
+    class Bare(Numbered):
+        def __getitem__(self, index):
+            return Example(Image.new("RGB", (8, 8)))
+
+    with pytest.raises(UserError, match="bare, example 0: expected at least one caption"):
+        take(1, sources=(Bare("bare", 1),), weights=(1.0,))
+
+
+def test_batch_size_must_divide_by_the_hosts_at_once():
+    with pytest.raises(UserError, match="batch_size 16 does not divide by the number of hosts, 3"):
+        train_batches(SOURCES, (1.0, 1.0), seed=0, batch_size=16, image_resolution=8, process_count=3)
+
+
+def test_reading_ahead_is_bounded_and_closing_ends_the_threads():
+    read = []
+
+    class Counting(Numbered):
+        def __getitem__(self, index):
+            read.append(index)
+            return super().__getitem__(index)
+
+    batches = train_batches((Counting("apple", 50),), (1.0,), seed=0, batch_size=4, image_resolution=8)
+    for _ in range(3):
+        next(batches)
+    batches.close()
+    assert len(read) <= (3 + 2) * 4
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("clip_jax-data")]
+
+
+def test_evaluation_batches_hold_each_example_once_in_order():
+    batches = list(evaluation_batches(Numbered("apple", 50), 12, Preprocess(8)))
+    assert [batch["image"].shape for batch in batches] == [(12, 8, 8, 3)] * 5
+    joined = {key: np.concatenate([batch[key] for batch in batches]) for key in batches[0]}
+    np.testing.assert_array_equal(joined["mask"], np.arange(60) < 50)
+    np.testing.assert_array_equal(joined["image"][:50, 0, 0, 0], np.arange(50))
+    np.testing.assert_array_equal(joined["label"], np.r_[np.arange(50) % 5, [-1] * 10])
+    centre = Preprocess(8).resize_and_crop(Numbered("apple", 50)[3].image)
+    np.testing.assert_array_equal(joined["image"][3], centre)
+
+
+def test_evaluation_errors_are_named():
+    with pytest.raises(UserError, match="apple, example 7: cannot read it"):
+        list(evaluation_batches(Numbered("apple", 50, broken=7, error=OSError), 12, Preprocess(8)))
+
+
+def test_digits_through_the_whole_pipeline():
+    (batch,) = take(1, sources=(Digits(),), weights=(1.0,), batch_size=64, image_resolution=32, context_length=16)
+    assert len({image.tobytes() for image in batch["image"]}) == 64
+    for text, row in zip(texts_of([batch]), batch["text"], strict=True):
+        assert row[0] == 49406 and 49407 in row
+        assert re.search(r"\d|zero|one|two|three|four|five|six|seven|eight|nine", text)
