@@ -37,10 +37,11 @@ def softmax_loss_dense(
       float32, the mean over the batch.
     """
     scale = jnp.exp(logit_scale)
-    logits = scale * ring.product("id,jd->ij", image_features, text_features)
-    positives = scale * ring.paired_cosines(image_features, text_features)
-    image_to_text = jax.nn.logsumexp(logits, axis=1) - positives
-    text_to_image = jax.nn.logsumexp(logits, axis=0) - positives
+    cosines = ring.product("id,jd->ij", image_features, text_features)
+    positives = ring.paired_cosines(image_features, text_features)
+    # The cross entropy of row i is log sum_j exp(s_ij - s_ii); subtracting inside keeps a small loss accurate.
+    image_to_text = jax.nn.logsumexp(scale * (cosines - positives[:, None]), axis=1)
+    text_to_image = jax.nn.logsumexp(scale * (cosines - positives[None, :]), axis=0)
     return jnp.mean(image_to_text + text_to_image) / 2
 
 
