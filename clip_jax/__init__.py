@@ -1,1 +1,45 @@
-"""CLIP in JAX and Flax."""
+"""CLIP in JAX and Flax: OpenAI's models, their weights, and the training of new ones."""
+
+from pathlib import Path
+from typing import Any
+
+from clip_jax.data.preprocess import Preprocess
+from clip_jax.models import CLIP, CLIPConfig, Execution
+from clip_jax.tokenizer import tokenize
+from clip_jax.weights import available_models
+
+__all__ = ["CLIP", "CLIPConfig", "Preprocess", "available_models", "load", "tokenize"]
+
+
+def load(
+    name_or_path: str | Path,
+    *,
+    dtype: str = "float32",
+    download_root: str | Path | None = None,
+    activation: str | None = None,
+) -> tuple[CLIP, Any, Preprocess]:
+    """A trained model: (model, variables, preprocess).
+
+      model, variables, preprocess = clip_jax.load("ViT-B/32")
+      logits_per_image, logits_per_text = model.apply(variables, preprocess(image)[None], clip_jax.tokenize(["a dog"]))
+
+    Args:
+      name_or_path: one of `available_models()`, which is downloaded; a `.pt`, `.bin` or `.safetensors` file; a folder
+        of transformers or of open_clip; or what convert_torch_weights.py wrote.
+      dtype: what the model computes in, "float32" or "bfloat16"; its parameters are float32.
+      download_root: where official files are kept, instead of $CLIP_JAX_CACHE or ~/.cache/clip_jax.
+      activation: "quick_gelu" or "gelu", for a bare file of weights that does not say which.
+
+    Returns:
+      The module, its variables on the default device, and the function from a PIL image to its input.
+
+    Raises:
+      UserError: there is no such model, its file is damaged, or it is not a CLIP of this architecture.
+    """
+    import jax
+
+    from clip_jax.weights import load_variables
+
+    config, variables = load_variables(name_or_path, download_root=download_root, activation=activation)
+    preprocess = Preprocess(config.vision.image_resolution, config.image_mean, config.image_std)
+    return CLIP(config, Execution(dtype=dtype)), jax.tree.map(jax.numpy.asarray, variables), preprocess

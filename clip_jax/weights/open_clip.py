@@ -1,0 +1,166 @@
+"""open_clip's models: open_clip_config.json beside a file of weights with OpenAI's names.
+
+A file alone, without its configuration, is read by openai.py.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from clip_jax.errors import UserError
+from clip_jax.models import CLIPConfig, ResNetConfig, TextConfig, VisionTransformerConfig
+from clip_jax.models.clip import SIGMOID_LOGIT_BIAS
+from clip_jax.weights import archive, mapping, openai
+from clip_jax.weights.archive import read_json
+from clip_jax.weights.archive_writer import appears_whole, write_json, write_safetensors
+
+CONFIG_FILE = "open_clip_config.json"
+# The names open_clip gives and looks for in a local folder or a hub repository.
+WEIGHT_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", "open_clip_pytorch_model.bin")
+
+_MODEL_FIELDS = {"embed_dim", "quick_gelu", "init_logit_scale", "init_logit_bias", "vision_cfg", "text_cfg"}
+_VISION_FIELDS = {"image_size", "layers", "width", "head_width", "patch_size", "mlp_ratio"}
+_TEXT_FIELDS = {"context_length", "vocab_size", "width", "heads", "layers", "mlp_ratio"}
+_HARMLESS = {  # settings with one value that means what this architecture does
+    "custom_text": (True, False),
+    "pool_type": ("tok", "argmax"),
+    "final_ln_after_pool": (False,),
+    "no_ln_pre": (False,),
+    "proj_type": ("linear",),
+    "pos_embed_type": ("learnable",),
+    "hf_tokenizer_name": ("",),
+}
+_PREPROCESSING = {"mode": "RGB", "interpolation": "bicubic", "resize_mode": "shortest"}
+
+
+def is_folder(path: Path) -> bool:
+    """Whether `path` is a folder of open_clip's with a configuration."""
+    return (path / CONFIG_FILE).is_file()
+
+
+def weights_file(folder: Path) -> Path:
+    """The file of weights in a folder.
+
+    Raises:
+      UserError: there is none of open_clip's names.
+    """
+    found = next((folder / name for name in WEIGHT_FILES if (folder / name).is_file()), None)
+    if found is None:
+        raise UserError(f"{folder} has {CONFIG_FILE} but none of {', '.join(WEIGHT_FILES)}")
+    return found
+
+
+def read(path: Path) -> tuple[CLIPConfig, Any]:
+    """The model in a file with its configuration beside it: (config, variables as float32 NumPy arrays).
+
+    Raises:
+      UserError: unreadable files, an architecture that is not this one, or tensors that do not fit.
+    """
+    config = config_from_json(read_json(path.parent / CONFIG_FILE), f"{path.parent}/{CONFIG_FILE}")
+    tensors = openai.plain_tensors(archive.read(path).tensors)
+    return config, mapping.to_variables(tensors, config, openai.naming, str(path))
+
+
+def config_from_json(values: Mapping[str, Any], origin: str) -> CLIPConfig:
+    """CLIPConfig from the contents of an open_clip_config.json.
+
+    Raises:
+      UserError: a field is missing, or asks for what this architecture does not have; `origin` names the file.
+    """
+    try:
+        model = values["model_cfg"]
+        vision, text = model["vision_cfg"], model["text_cfg"]
+        _check_fields(model, _MODEL_FIELDS, f"{origin}: model_cfg")
+        _check_fields(vision, _VISION_FIELDS, f"{origin}: vision_cfg")
+        _check_fields(text, _TEXT_FIELDS, f"{origin}: text_cfg")
+        config = CLIPConfig(
+            embed_dim=model["embed_dim"],
+            vision=_vision_config(vision),
+            text=TextConfig(
+                width=text["width"],
+                heads=text["heads"],
+                mlp_width=int(text["width"] * text.get("mlp_ratio", 4)),
+                layers=text["layers"],
+                context_length=text.get("context_length", 77),
+                vocab_size=text.get("vocab_size", 49408),
+            ),
+            activation="quick_gelu" if model.get("quick_gelu") else "gelu",
+            logit_bias=model.get("init_logit_bias") is not None,
+        )
+        return _with_preprocessing(config, values.get("preprocess_cfg", {}), origin)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{origin} is no configuration of open_clip ({type(error).__name__}: {error})") from error
+
+
+def _vision_config(vision: Mapping[str, Any]) -> VisionTransformerConfig | ResNetConfig:
+    width, head_width, resolution = vision["width"], vision.get("head_width", 64), vision.get("image_size", 224)
+    if isinstance(vision["layers"], list):
+        return ResNetConfig(resolution, width, tuple(vision["layers"]), heads=width * 32 // head_width)
+    return VisionTransformerConfig(
+        image_resolution=resolution,
+        patch_size=vision["patch_size"],
+        width=width,
+        layers=vision["layers"],
+        heads=width // head_width,
+        mlp_width=int(width * vision.get("mlp_ratio", 4)),
+    )
+
+
+def _check_fields(values: Mapping[str, Any], known: set[str], origin: str) -> None:
+    for name, value in values.items():
+        if name not in known and value is not None and value not in _HARMLESS.get(name, (False,)):
+            raise UserError(f"{origin} sets {name}={value!r}, which this architecture does not have")
+
+
+def _with_preprocessing(config: CLIPConfig, values: Mapping[str, Any], origin: str) -> CLIPConfig:
+    for name, only in _PREPROCESSING.items():
+        if values.get(name, only) != only:
+            raise UserError(f"{origin}: preprocess_cfg has {name} {values[name]!r}, expected {only!r}")
+    statistics = {f"image_{name}": values[name] for name in ("mean", "std") if name in values}
+    return dataclasses.replace(config, **statistics)
+
+
+def write(folder: Path, config: CLIPConfig, variables: Any) -> None:
+    """Write a folder that open_clip loads as `local-dir:FOLDER`, in float32.
+
+    Raises:
+      UserError: `folder` exists.
+    """
+    values = config_to_json(config)
+    with appears_whole(folder) as temporary:
+        temporary.mkdir()
+        write_json(temporary / CONFIG_FILE, values)
+        write_safetensors(temporary / WEIGHT_FILES[0], openai.state_dict(config, variables))
+
+
+def config_to_json(config: CLIPConfig) -> dict[str, Any]:
+    """Inverse of `config_from_json`."""
+    vision, text = config.vision, config.text
+    trunk = vision.output_width if isinstance(vision, ResNetConfig) else vision.width
+    vision_values = {
+        "image_size": vision.image_resolution,
+        "layers": vision.layers,
+        "width": vision.width,
+        "head_width": trunk // vision.heads,
+    }
+    if isinstance(vision, VisionTransformerConfig):
+        vision_values |= {"patch_size": vision.patch_size, "mlp_ratio": vision.mlp_width / vision.width}
+    bias = {"init_logit_bias": SIGMOID_LOGIT_BIAS} if config.logit_bias else {}
+    return {
+        "model_cfg": bias
+        | {
+            "embed_dim": config.embed_dim,
+            "quick_gelu": config.activation == "quick_gelu",
+            "vision_cfg": vision_values,
+            "text_cfg": {
+                "context_length": text.context_length,
+                "vocab_size": text.vocab_size,
+                "width": text.width,
+                "heads": text.heads,
+                "layers": text.layers,
+                "mlp_ratio": text.mlp_width / text.width,
+            },
+        },
+        "preprocess_cfg": {"mean": list(config.image_mean), "std": list(config.image_std)} | _PREPROCESSING,
+    }
