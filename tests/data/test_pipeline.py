@@ -24,6 +24,7 @@ class Numbered:
         return self._size
 
     def __getitem__(self, index):
+        assert 0 <= index < self._size
         if index == self._broken:
             raise self._error("cannot read it")
         pixels = np.full((8, 20, 3), index, np.uint8)
@@ -75,6 +76,8 @@ def test_global_batches_do_not_depend_on_the_number_of_hosts(hosts):
 def test_a_resumed_run_continues_exactly():
     whole = take(12)
     assert_same(take(5, start_step=7), whole[7:])
+    last_of_four = [{key: value[12:] for key, value in batch.items()} for batch in whole[7:]]
+    assert_same(take(5, start_step=7, process_index=3, process_count=4), last_of_four)
 
 
 def test_seeds_decide_the_batches():
@@ -105,6 +108,16 @@ def test_crops_are_random_squares_of_the_resized_image():
     assert (np.diff(ramp) == 10).all()
 
 
+def test_crops_and_captions_of_a_sample_differ_between_epochs():
+    first, second = take(2, sources=SOURCES[:1], weights=(1.0,), batch_size=50)
+    of_sample = []
+    for batch in (first, second):
+        order = np.argsort(batch["image"][:, 0, 0, 0])
+        of_sample.append((batch["image"][order, 0, 0, 1], batch["text"][order, 1]))
+    for epoch_1, epoch_2 in zip(*of_sample, strict=True):
+        assert 0 < (epoch_1 == epoch_2).sum() < 40
+
+
 def test_max_shift_moves_the_image_and_repeats_its_edge():
     (plain,), (moved,) = (take(1, max_shift=shift, sources=SOURCES[:1], weights=(1.0,)) for shift in (0.0, 0.25))
     places = {move: np.clip(np.arange(8) + move, 0, 7) for move in range(-2, 3)}
@@ -113,7 +126,7 @@ def test_max_shift_moves_the_image_and_repeats_its_edge():
         matches = [(y, x) for y in places for x in places if (before[places[y]][:, places[x]] == after).all()]
         assert len(matches) == 1
         moves += matches
-    assert len({y for y, _ in moves}) > 2 and len({x for _, x in moves}) > 2
+    assert len({y for y, _ in moves}) > 2 and len({x for _, x in moves}) > 2 and len(set(moves)) > 5
 
 
 def test_long_captions_are_truncated():

@@ -103,6 +103,13 @@ def test_the_picture_shows_what_its_scene_says(label):
     assert wrong == 0
 
 
+def test_the_data_set_holds_the_scenes_of_its_seed(data_dir):
+    source = evaluation_set("shapes", data_dir).source
+    prepared = {(example.image.tobytes(), example.captions) for example in map(source.__getitem__, range(32))}
+    scenes = [draw(2, index, shapes.HELD_OUT[index % 8]) for index in range(32)]
+    assert prepared == {(image.tobytes(), texts) for _, image, texts in scenes}
+
+
 def test_evaluation_sets_hold_the_right_pairs(data_dir):
     held_out, seen = evaluation_set("shapes", data_dir), evaluation_set("shapes_seen", data_dir)
     assert held_out.class_names == seen.class_names == shapes.CLASS_NAMES
