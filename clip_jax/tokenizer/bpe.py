@@ -36,7 +36,6 @@ _WORD = regex.compile(
     r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+",
     regex.IGNORECASE,
 )
-_WHITESPACE = regex.compile(r"\s+")
 
 _CACHED_CHUNKS = 2**16
 _CACHED_CHUNK_LENGTH = 64  # longer chunks hardly repeat, and would let hostile text fill the memory
@@ -105,8 +104,8 @@ def decode(ids: Iterable[SupportsIndex]) -> str:
         UserError: an id is outside the vocabulary.
     """
     ids = list(ids)
-    for unknown in (i for i in ids if not 0 <= i < VOCAB_SIZE):
-        raise UserError(f"expected token ids from 0 to {VOCAB_SIZE - 1}, got {unknown}")
+    if unknown := [i for i in ids if not 0 <= i < VOCAB_SIZE]:
+        raise UserError(f"expected token ids from 0 to {VOCAB_SIZE - 1}, got {unknown[0]}")
     pieces = vocabulary().pieces
     # Replaced in the text, as the reference does: a "</w>" that the text itself spells becomes a space too.
     return b"".join(pieces[i] for i in ids).decode("utf-8", errors="replace").replace("</w>", " ")
@@ -152,11 +151,10 @@ def _vocabulary_file() -> bytes:
 
 
 def _clean(text: str) -> str:
-    # In printable ASCII without "&", ftfy and unescape find nothing and the only whitespace is the space.
-    if not (text.isascii() and text.isprintable() and "&" not in text):
-        text = html.unescape(html.unescape(ftfy.fix_text(text)))
-        text = _WHITESPACE.sub(" ", text.strip()).strip()
-    return text.lower()
+    # The reference also collapses whitespace, which is invisible in the result: no word of the pattern holds any.
+    if text.isascii() and text.isprintable() and "&" not in text:
+        return text.lower()  # nothing in it that ftfy or unescape would change
+    return html.unescape(html.unescape(ftfy.fix_text(text))).lower()
 
 
 def _chunk_ids(chunk: str) -> list[int]:

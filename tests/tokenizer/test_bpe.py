@@ -34,6 +34,8 @@ def test_golden_ids():
         "It's, we'RE they\u2019ve don'\u017f",
         "2024 3½ Ⅷ ٣",
         "Tom &amp;amp; Jerry &lt;3 &nbsp; &#128512; &EACUTE;",
+        "a < b &amp;amp; c &amp;eacute; d",  # ftfy leaves entities alone when it sees a tag
+        "\x00a\x07b\x1b[31mred\x1b[0m\tin\x1cASCII",
         "<|startoftext|>in the text<|ENDOFTEXT|> !<|endoftext|>",
         "<|\u017ftartoftext|> </w> a</w>b",
         "cafÃ© â€œquotesâ€\x9d",
