@@ -21,7 +21,7 @@ def get_config() -> ConfigDict:
                 "vision": {
                     "type": "vit",
                     "image_resolution": 32,  # pixels
-                    "patch_size": 4,  # pixels
+                    "patch_size": 8,  # pixels
                     "width": 128,
                     "layers": 4,
                     "heads": 4,

@@ -23,8 +23,7 @@ class Checkpoints:
     """
 
     def __init__(self, workdir: str | epath.PathLike):
-        options = ocp.CheckpointManagerOptions(max_to_keep=KEEP)
-        self._manager = ocp.CheckpointManager(_absolute(workdir) / CHECKPOINTS, options=options)
+        self._manager = _manager(workdir, max_to_keep=KEEP)
 
     def latest_step(self) -> int | None:
         """The newest complete checkpoint's step; None if there is none."""
@@ -71,16 +70,22 @@ def restore_variables(workdir: str | epath.PathLike, like: Any) -> tuple[int, An
     Raises:
       UserError: there is no checkpoint, or it is of another model.
     """
-    root = _absolute(workdir) / CHECKPOINTS
-    if not root.is_dir():
+    if not (_absolute(workdir) / CHECKPOINTS).is_dir():
         raise UserError(f"{workdir} holds no checkpoints; give the --workdir of a training run")
-    with ocp.CheckpointManager(root, options=ocp.CheckpointManagerOptions(read_only=True)) as manager:
+    with _manager(workdir, create=False) as manager:
         step = manager.latest_step()
         if step is None:
             raise UserError(f"{workdir} holds no finished checkpoint yet")
         check_shapes(manager.item_metadata(step)["variables"], like, f"{workdir}, step {step}")
         restored = manager.restore(step, args=ocp.args.Composite(variables=ocp.args.StandardRestore(like)))
     return step, restored["variables"]
+
+
+def _manager(workdir: str | epath.PathLike, **options: Any) -> ocp.CheckpointManager:
+    handlers = {item: ocp.StandardCheckpointHandler() for item in ("variables", "opt_state")}
+    return ocp.CheckpointManager(
+        _absolute(workdir) / CHECKPOINTS, item_handlers=handlers, options=ocp.CheckpointManagerOptions(**options)
+    )
 
 
 def check_shapes(stored: Any, expected: Any, where: str) -> None:
@@ -107,7 +112,7 @@ def write_config(workdir: str | epath.PathLike, config: Mapping[str, Any]) -> No
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_name(CONFIG_FILE + ".part")
         part.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-        part.rename(path)
+        part.replace(path)
 
 
 def read_config(workdir: str | epath.PathLike) -> dict[str, Any] | None:

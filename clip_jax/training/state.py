@@ -66,6 +66,11 @@ def abstract_state(
     )
 
 
+def abstract_variables(model: CLIP, mesh: Mesh, rules: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Shapes, dtypes and shardings of the model's variables alone, for whoever only evaluates."""
+    return abstract_state(model, optax.identity(), mesh, rules).variables
+
+
 def state_shardings(
     model: CLIP,
     optimizer: optax.GradientTransformation,

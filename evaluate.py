@@ -1,0 +1,92 @@
+"""Evaluate a CLIP model without training it for the task: zero-shot classification.
+
+python evaluate.py --config vit_b32 --datasets imagenet_v2 --output results.json
+python evaluate.py --config demo --weights runs/demo --report report.html
+"""
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from clip_jax import cli
+from clip_jax.errors import UserError
+
+
+def main(argv: Sequence[str]) -> None:
+    """Parse the flags, load the model, measure it on each data set, write what was asked for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--weights",
+        help="an official name (ViT-B/32), a weights file, a converted checkpoint or a training workdir; "
+        "default: the official weights of the config's name",
+    )
+    parser.add_argument(
+        "--datasets",
+        metavar="A,B,C",
+        help="shapes, shapes_seen, digits, a folder with one sub-folder a class, or a TFDS name (NAME or NAME/SPLIT); "
+        "default: the config's eval_datasets",
+    )
+    parser.add_argument("--output", metavar="FILE.json", help="write the results here, in CLIP_benchmark's format")
+    parser.add_argument("--report", metavar="FILE.html", help="write a page with pictures here")
+    flags, values = cli.parse(parser, argv)
+
+    from clip_jax.data.sources import evaluation_set
+    from clip_jax.evaluation.zero_shot import Encoders, zero_shot
+    from clip_jax.models import CLIP
+    from clip_jax.parallel import make_mesh
+    from clip_jax.training.config import RunConfig
+
+    config = RunConfig.from_dict(values.to_dict())
+    names = flags.datasets.split(",") if flags.datasets else config.eval_datasets
+    datasets = [evaluation_set(name, config.data_dir) for name in names]
+    weights = flags.weights or config.name
+    encoders = Encoders(CLIP(config.model, config.execution), make_mesh(config.mesh))
+    variables = load_weights(weights, config, encoders)
+    results = [zero_shot(encoders, variables, dataset) for dataset in datasets]
+    for result in results:
+        print(f"{result.dataset.name}: " + ", ".join(f"{key} {value:.4f}" for key, value in result.metrics.items()))
+    if flags.output:
+        rows = [benchmark_row(result, config.name, weights) for result in results]
+        Path(flags.output).write_text(json.dumps(rows, indent=2, allow_nan=False) + "\n")
+    if flags.report:
+        from clip_jax.evaluation.report import write_report
+        from clip_jax.training.metrics import read_metrics
+
+        write_report(flags.report, f"clip_jax: {config.name}", read_metrics(weights), results)
+        print(f"report: {flags.report}")
+
+
+def load_weights(weights: str, config: Any, encoders: Any) -> Any:
+    """The variables that --weights names, on the mesh; they must be those of the config's model."""
+    import jax
+
+    from clip_jax.parallel import replicated
+    from clip_jax.training.checkpoint import read_config, restore_variables
+    from clip_jax.training.state import abstract_variables
+    from clip_jax.weights import load_variables
+
+    if read_config(weights) is not None:
+        _, variables = restore_variables(weights, abstract_variables(encoders.model, encoders.mesh))
+        return variables
+    model_config, variables = load_variables(weights)
+    if model_config != config.model:
+        raise UserError(f"{weights} holds another model than the config {config.name}: {model_config}")
+    return jax.device_put(variables, replicated(encoders.mesh))
+
+
+def benchmark_row(result: Any, model: str, pretrained: str) -> dict[str, Any]:
+    """One object of the list that CLIP_benchmark's tools read."""
+    return {
+        "dataset": result.dataset.name,
+        "model": model,
+        "pretrained": pretrained,
+        "task": "zeroshot_classification",
+        "language": "en",
+        "metrics": result.metrics,
+    }
+
+
+if __name__ == "__main__":
+    cli.run(main)
