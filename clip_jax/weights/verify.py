@@ -132,7 +132,7 @@ def openai_outputs(model: Any, images: Any, tokens: Any) -> Outputs:
     """The same of OpenAI's class, by hooks on its blocks."""
     import torch
 
-    image_hidden, text_hidden = [], []
+    image_hidden, text_hidden, image_features = [], [], []
 
     def keep(hidden: list, axes: tuple[int, ...]) -> Any:
         return lambda *arguments: hidden.append(np.array(arguments[-1].detach().permute(axes).numpy()))
@@ -144,6 +144,7 @@ def openai_outputs(model: Any, images: Any, tokens: Any) -> Outputs:
     else:
         hooks = [visual.ln_pre.register_forward_hook(keep(image_hidden, (0, 1, 2)))]
         hooks += [b.register_forward_hook(keep(image_hidden, (1, 0, 2))) for b in visual.transformer.resblocks]
+    hooks.append(visual.register_forward_hook(lambda *arguments: image_features.append(arguments[-1])))
     first = model.transformer.resblocks[0]
     hooks.append(first.register_forward_pre_hook(lambda _, inputs: keep(text_hidden, (1, 0, 2))(inputs[0])))
     hooks += [b.register_forward_hook(keep(text_hidden, (1, 0, 2))) for b in model.transformer.resblocks]
@@ -153,8 +154,8 @@ def openai_outputs(model: Any, images: Any, tokens: Any) -> Outputs:
         logits = model(*inputs)[0]
         for hook in hooks:
             hook.remove()
-        features = [_unit(model.encode_image(inputs[0])), _unit(model.encode_text(inputs[1]))]
-    return _named(image_hidden, text_hidden, *features, logits.numpy())
+        text_features = model.encode_text(inputs[1])
+    return _named(image_hidden, text_hidden, _unit(image_features[0]), _unit(text_features), logits.numpy())
 
 
 def transformers_outputs(folder: Path, images: Any, tokens: Any) -> Outputs:
@@ -185,6 +186,7 @@ def openai_model(path: Path, config: CLIPConfig) -> Any:
     """
     torch = _import("torch")
     classes = openai_classes()
+    classes.convert_weights = lambda model: None  # it would round to float16
     tensors = openai.plain_tensors(archive.read(path).tensors)
     tensors["logit_scale"] = tensors["logit_scale"].reshape(())
     state = {name: torch.from_numpy(np.array(tensor, np.float32)) for name, tensor in tensors.items()}
@@ -203,17 +205,13 @@ def openai_model(path: Path, config: CLIPConfig) -> Any:
 
 
 def openai_classes() -> ModuleType:
-    """`clip/model.py` of the openai-clip package, alone: the package itself would import torchvision.
-
-    Its `convert_weights`, which rounds to float16, does nothing here.
-    """
+    """`clip/model.py` of the openai-clip package, alone: the package itself would import torchvision."""
     _import("torch")
     package = importlib.util.find_spec("clip")
     file = Path(package.submodule_search_locations[0]) / "model.py"
     spec = importlib.util.spec_from_file_location("openai_clip_model", file)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    module.convert_weights = lambda model: None
     return module
 
 

@@ -1,0 +1,91 @@
+"""OpenAI's PyTorch class with random weights that act like trained ones, and files as OpenAI saves them."""
+
+import math
+import warnings
+from pathlib import Path
+
+import torch
+
+from clip_jax.models import CLIPConfig, ResNetConfig, TextConfig, VisionTransformerConfig
+from clip_jax.weights.openai import SIZE_BUFFERS
+from clip_jax.weights.verify import openai_classes
+
+# No two sizes are equal, and none is a round number.
+ODD_VIT = CLIPConfig(
+    embed_dim=37,
+    vision=VisionTransformerConfig(image_resolution=35, patch_size=7, width=195, layers=3, heads=3, mlp_width=780),
+    text=TextConfig(width=130, heads=2, mlp_width=520, layers=5, context_length=19, vocab_size=517),
+)
+ODD_RESNET = CLIPConfig(
+    embed_dim=41,
+    vision=ResNetConfig(image_resolution=96, width=10, layers=(1, 3, 2, 1), heads=5),
+    text=TextConfig(width=66, heads=1, mlp_width=264, layers=2, context_length=13, vocab_size=203),
+)
+
+
+def random_openai_model(config: CLIPConfig, seed: int = 0) -> torch.nn.Module:
+    """OpenAI's class in evaluation mode, float32, with weights that float16 holds where OpenAI's files have float16.
+
+    Attention is as sharp, residual streams grow and the temperature is as in the released models.
+    """
+    classes, vision, text = openai_classes(), config.vision, config.text
+    patch = None if isinstance(vision, ResNetConfig) else vision.patch_size
+    with torch.device("meta"):  # PyTorch's own initialisation takes longer than all the rest
+        model = classes.CLIP(
+            config.embed_dim,
+            vision.image_resolution,
+            vision.layers,
+            vision.width,
+            patch,
+            text.context_length,
+            text.vocab_size,
+            text.width,
+            text.heads,
+            text.layers,
+        )
+    model.to_empty(device="cpu").requires_grad_(False)
+    for block in model.transformer.resblocks:
+        block.attn_mask = model.build_attention_mask()
+    _draw(model, torch.Generator().manual_seed(seed))
+    classes.convert_weights(model)
+    return model.float().eval()
+
+
+def _draw(model: torch.nn.Module, random: torch.Generator) -> None:
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            parameter.normal_(0, 0.1, generator=random)
+        elif parameter.ndim == 1 and name.endswith("weight"):  # gains of LayerNorm and BatchNorm
+            parameter.uniform_(0.5, 1.5, generator=random)
+        elif "embedding" in name:
+            parameter.normal_(0, 0.05, generator=random)
+        elif parameter.ndim > 1:
+            is_input_major = name.endswith(("proj", "text_projection"))
+            fan_in = parameter.shape[0] if is_input_major else parameter[0].numel()
+            parameter.normal_(0, fan_in**-0.5, generator=random)
+            if "in_proj" in name:  # queries and keys: attention logits of standard deviation 2
+                parameter[: 2 * parameter.shape[1]] *= math.sqrt(2)
+    for name, buffer in model.named_buffers():
+        if name.endswith("running_mean"):
+            buffer.normal_(0, 0.1, generator=random)
+        elif name.endswith("running_var"):
+            buffer.uniform_(0.5, 1.5, generator=random)
+        else:
+            buffer.zero_()
+    model.logit_scale.fill_(math.log(100))
+
+
+def save_torchscript(model: torch.nn.Module, config: CLIPConfig, path: Path) -> None:
+    """Save as OpenAI did: a traced TorchScript archive in `convert_weights`' mix of float16 and float32."""
+    resolution, length = config.vision.image_resolution, config.text.context_length
+    for name, size in zip(SIZE_BUFFERS, (resolution, length, config.text.vocab_size), strict=True):
+        model.__dict__.pop(name, None)
+        model.register_buffer(name, torch.tensor(size))
+    inputs = torch.zeros(1, 3, resolution, resolution), torch.zeros(1, length, dtype=torch.long)
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        traced = torch.jit.trace(model, inputs, check_trace=False)
+        # Traced in float32, which a CPU computes fast; the archive's code is the same.
+        openai_classes().convert_weights(model)
+        torch.jit.save(traced, str(path))
+    model.float()
