@@ -42,7 +42,7 @@ SEEN = tuple(label for label in range(64) if label not in HELD_OUT)
 # Each split is (its pairs, images per pair), rendered from a seed of its own.
 SPLITS = {"train": (SEEN, 300), "validation": (SEEN, 20), "held_out": (HELD_OUT, 120)}
 
-_SIZES = {"small": (0.34, 0.42), "medium": (0.46, 0.56), "large": (0.62, 0.74)}  # diameter / image side
+_SIZES = {"small": (0.48, 0.54), "medium": (0.62, 0.68), "large": (0.76, 0.82)}  # diameter / image side
 _BACKGROUNDS = {"white": 235, "gray": 140, "black": 25}
 _COLUMNS = ("left", "middle", "right")
 _ROWS = ("top", "middle", "bottom")
@@ -135,7 +135,7 @@ def render(scene: Scene, generator: np.random.Generator) -> UInt8[np.ndarray, "3
     ground = ground + (ramp[:, None] * uniform(-12, 12) + ramp * uniform(-12, 12))[:, :, None]
     paint = np.array(COLOURS[colour]) * uniform(0.9, 1.05) + uniform(-8, 8, 3)
     pixels = ground * (1 - cover) + paint * cover
-    pixels += generator.normal(0, uniform(1, 8), pixels.shape)
+    pixels += generator.normal(0, uniform(1, 5), pixels.shape)
     return np.clip(np.rint(pixels), 0, 255).astype(np.uint8)
 
 
@@ -180,7 +180,7 @@ def _pick(options: tuple[str, ...], generator: np.random.Generator) -> str:
 class Shapes(tfds.core.GeneratorBasedBuilder):
     """The TFDS builder: splits `train` and `validation` of the pairs seen in training, and `held_out`."""
 
-    VERSION = tfds.core.Version("1.0.0")
+    VERSION = tfds.core.Version("1.1.0")  # to be raised with any change of pixels or captions
     url_infos = None  # nothing is downloaded, so there are no checksums to look for
 
     def _info(self) -> tfds.core.DatasetInfo:

@@ -119,7 +119,7 @@ def test_evaluation_sets_hold_the_right_pairs(data_dir):
 
 
 def test_a_second_use_finds_the_data_prepared(data_dir, capsys):
-    path = Path(data_dir, "shapes", "1.0.0")
+    path = Path(data_dir, "shapes", str(shapes.Shapes.VERSION))
     before = path.stat()
     evaluation_set("shapes", data_dir)
     assert path.stat() == before
