@@ -124,10 +124,10 @@ class CLIPConfig:
           UserError: a field is missing, unknown or has an impossible value.
         """
         try:
-            vision = dict(values["vision"])
+            vision = _tuples(values["vision"])
             kind = vision.pop("type")
             vision_class = {"vit": VisionTransformerConfig, "resnet": ResNetConfig}[kind]
-            others = {k: v for k, v in values.items() if k not in ("vision", "text")}
+            others = {k: v for k, v in _tuples(values).items() if k not in ("vision", "text")}
             return cls(vision=vision_class(**vision), text=TextConfig(**values["text"]), **others)
         except (KeyError, TypeError) as error:
             raise UserError(f"not a CLIP configuration: {error}") from error
@@ -167,6 +167,11 @@ class Execution:
     def compute_dtype(self) -> jnp.dtype:
         """`dtype` as jax.numpy knows it."""
         return jnp.dtype(self.dtype)
+
+
+def _tuples(values: Mapping[str, Any]) -> dict[str, Any]:
+    """JSON has no tuples: lists become them."""
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
 
 
 def _check_positive(config: Any) -> None:

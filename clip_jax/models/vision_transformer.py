@@ -47,18 +47,18 @@ class VisionTransformer(nn.Module):
         self.proj = self.param("proj", normal(std, "embed", "projection"), (config.width, self.embed_dim))
 
     def __call__(
-        self, images: Float[Array, "batch height width 3"], train: bool = False
+        self, images: Float[Array, "batch _height _width 3"], train: bool = False
     ) -> Float[Array, "batch embed_dim"]:
         """The image features, not normalised. `train` changes nothing in a ViT."""
         x, _ = self.transformer(self.embed(images))
         return self.pool(x)
 
-    def hidden_states(self, images: Float[Array, "batch height width 3"]) -> Float[Array, "states batch tokens width"]:
+    def hidden_states(self, images: Float[Array, "batch _height _width 3"]) -> Float[Array, "states batch tokens width"]:
         """The input of the first block and the output of each, stacked."""
         x = self.embed(images)
         return jnp.concatenate([x[None], self.transformer(x, collect=True)[1]])
 
-    def embed(self, images: Float[Array, "batch height width 3"]) -> Float[Array, "batch tokens width"]:
+    def embed(self, images: Float[Array, "batch _height _width 3"]) -> Float[Array, "batch tokens width"]:
         """The sequence that enters the first block: class token and patches, with positions, through ln_pre."""
         dtype = self.execution.compute_dtype
         patches = self.conv1(images.astype(dtype))
