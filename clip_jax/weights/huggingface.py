@@ -88,7 +88,7 @@ def read(folder: Path) -> tuple[CLIPConfig, Any]:
     config = config_from_json(read_json(folder / "config.json"), f"{folder}/config.json")
     if (folder / "preprocessor_config.json").is_file():
         preprocessor = read_json(folder / "preprocessor_config.json")
-        statistics = {k: preprocessor[k] for k in ("image_mean", "image_std") if k in preprocessor}
+        statistics = {k: tuple(preprocessor[k]) for k in ("image_mean", "image_std") if k in preprocessor}
         config = dataclasses.replace(config, **statistics)
     return config, mapping.to_variables(_tensors(folder), config, naming, str(folder))
 
@@ -112,8 +112,14 @@ def config_from_json(values: Mapping[str, Any], origin: str) -> CLIPConfig:
     Raises:
       UserError: it describes another model, or one that this architecture cannot express; `origin` names the file.
     """
-    if values.get("model_type") != "clip":
-        raise UserError(f"{origin} is of model_type {values.get('model_type')!r}, expected 'clip'")
+    try:
+        return _config(values, origin)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{origin} is no configuration of CLIPModel ({type(error).__name__}: {error})") from error
+
+
+def _config(values: Mapping[str, Any], origin: str) -> CLIPConfig:
+    _check_only("model_type", values.get("model_type"), ("clip",), origin)
     # Files of transformers before 4.30 keep what was changed from the defaults in `..._config_dict`.
     text = _TEXT_DEFAULTS | (values.get("text_config_dict") or values.get("text_config") or {})
     vision = _VISION_DEFAULTS | (values.get("vision_config_dict") or values.get("vision_config") or {})

@@ -117,7 +117,7 @@ def _with_preprocessing(config: CLIPConfig, values: Mapping[str, Any], origin: s
     for name, only in _PREPROCESSING.items():
         if values.get(name, only) != only:
             raise UserError(f"{origin}: preprocess_cfg has {name} {values[name]!r}, expected {only!r}")
-    statistics = {f"image_{name}": values[name] for name in ("mean", "std") if name in values}
+    statistics = {f"image_{name}": tuple(values[name]) for name in ("mean", "std") if name in values}
     return dataclasses.replace(config, **statistics)
 
 

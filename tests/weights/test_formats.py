@@ -1,0 +1,302 @@
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import load_file, save_file
+
+import clip_jax
+from clip_jax.errors import UserError
+from clip_jax.weights import WRITERS, load_variables, save
+from clip_jax.weights.archive import read
+from clip_jax.weights.verify import openai_classes, openai_model
+from tests.reference_models import save_torchscript
+
+SCRIPT = Path(__file__).parents[2] / "convert_torch_weights.py"
+
+
+def convert(*arguments, code=0):
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT), *map(str, arguments)], capture_output=True, text=True, cwd=SCRIPT.parent
+    )
+    assert done.returncode == code, done.stderr
+    return done.stdout if code != 2 else done.stderr
+
+
+def assert_same_model(one, other):
+    assert one[0] == other[0]
+    assert jax.tree.structure(one[1]) == jax.tree.structure(other[1])
+    jax.tree.map(np.testing.assert_array_equal, one[1], other[1])
+
+
+def test_torchscript_archive(archive):
+    model, config, path = archive
+    found, variables = load_variables(path)
+    assert found == config
+    assert all(leaf.dtype == np.float32 for leaf in jax.tree.leaves(variables))
+    ours = read(path).tensors
+    for name, tensor in model.state_dict().items():
+        np.testing.assert_array_equal(ours[name], tensor.numpy(), err_msg=name)
+    assert variables["params"]["logit_scale"] == np.float32(np.log(100))
+    assert ours["text_projection"].dtype == np.float16
+    assert not ours["text_projection"].flags.writeable
+
+
+@pytest.mark.parametrize("to", WRITERS)
+def test_round_trip_is_bit_exact(archive, tmp_path, to):
+    _, config, path = archive
+    target = tmp_path / "out" / to
+    original = load_variables(path)
+    jax.tree.map(lambda leaf: np.add(leaf, np.float32(1e-7), out=leaf), original[1])  # no longer representable in fp16
+    if to == "huggingface" and not hasattr(config.vision, "patch_size"):
+        with pytest.raises(UserError, match="ResNet"):
+            save(target, *original, to)
+        assert not target.exists()
+        return
+    save(target, *original, to)
+    assert_same_model(original, load_variables(target))
+    with pytest.raises(UserError, match="exists"):
+        save(target, *original, to)
+
+
+@pytest.mark.parametrize("to", ["jax", "open_clip", "huggingface"])
+def test_everything_in_the_config_travels(small, tmp_path, to):
+    config, variables = small
+    if to == "open_clip":  # its heads are all of one width, and OpenAI's names say nothing of heads
+        config = dataclasses.replace(config, logit_bias=True)
+        variables = {"params": variables["params"] | {"logit_bias": np.float32(-3).reshape(())}}
+    save(tmp_path / to, config, variables, to)
+    assert_same_model((config, variables), load_variables(tmp_path / to))
+
+
+def test_openai_class_loads_what_is_written(archive, tmp_path):
+    model, _, path = archive
+    save(tmp_path / "out.pt", *load_variables(path), "openai")
+    state = torch.load(tmp_path / "out.pt", weights_only=True)
+    for name, tensor in model.state_dict().items():
+        assert state[name].dtype == tensor.dtype and torch.equal(state[name], tensor), name
+    rebuilt = openai_classes().build_model(state)
+    assert rebuilt.visual.conv1.weight.dtype == torch.float16
+    assert torch.equal(rebuilt.float().text_projection, model.text_projection)
+
+
+def test_openai_format_refuses_what_its_class_cannot_compute(small, tmp_path):
+    with pytest.raises(UserError, match="activation"):
+        save(tmp_path / "out.pt", *small, "openai")
+    assert not list(tmp_path.iterdir())
+
+
+def test_state_dicts_of_training_runs(archive, tmp_path):
+    model, config, path = archive
+    names = {
+        n: t for n, t in model.state_dict().items() if n not in ("input_resolution", "context_length", "vocab_size")
+    }
+    names["logit_scale"] = names["logit_scale"].reshape(1)
+    text = ("token_embedding", "positional_embedding", "transformer", "ln_final", "text_projection")
+    custom = {f"module.{'text.' if n.startswith(text) else ''}{n}": t for n, t in names.items()}
+    torch.save(
+        {"epoch": 3, "name": "run", "state_dict": custom, "optimizer": {"state": {0: {"step": 1}}}}, tmp_path / "a.pt"
+    )
+    torch.save({f"_orig_mod.{n}": t.bfloat16() for n, t in names.items()}, tmp_path / "b.bin")
+    save_file({n: t.numpy() for n, t in names.items()}, tmp_path / "c.safetensors")
+    with pytest.raises(UserError, match="--activation"):
+        load_variables(tmp_path / "a.pt")
+    expected = load_variables(path)
+    for name in ("a.pt", "c.safetensors"):
+        assert_same_model(expected, load_variables(tmp_path / name, activation="quick_gelu"))
+    found, rounded = load_variables(tmp_path / "b.bin", activation="gelu")
+    assert found == dataclasses.replace(config, activation="gelu")
+    scale = names["ln_final.weight"].bfloat16().float().numpy()
+    np.testing.assert_array_equal(rounded["params"]["text"]["ln_final"]["scale"], scale)
+
+
+def test_activation_that_contradicts_the_file(archive):
+    with pytest.raises(UserError, match="quick_gelu"):
+        load_variables(archive[2], activation="gelu")
+
+
+def test_gelu_in_a_torchscript_archive(tmp_path, archive):
+    _, config, path = archive
+    replaced = openai_model(path, dataclasses.replace(config, activation="gelu"))
+    for block in replaced.transformer.resblocks:
+        block.mlp.gelu = torch.nn.GELU()
+    save_torchscript(replaced, config, tmp_path / "gelu.pt")
+    assert load_variables(tmp_path / "gelu.pt")[0].activation == "gelu"
+
+
+def test_files_that_do_not_fit_are_listed(archive, tmp_path):
+    state = archive[0].state_dict()
+    moved = state.pop("ln_final.bias")
+    state["ln_final.beta"] = moved
+    state["text_projection"] = state["text_projection"][:-1]
+    state["visual.conv1.weight"] = state["visual.conv1.weight"].double()
+    torch.save(state, tmp_path / "bad.pt")
+    with pytest.raises(UserError) as error:
+        load_variables(tmp_path / "bad.pt")
+    message = str(error.value)
+    assert f"1 missing: ln_final.bias {tuple(moved.shape)}" in message
+    assert f"1 not part of the model: ln_final.beta {tuple(moved.shape)}" in message
+    assert "2 of the wrong shape" in message and "text_projection is float32" in message and "float64" in message
+
+
+def test_many_misfits_are_shortened(archive, tmp_path):
+    state = {n: t for n, t in archive[0].state_dict().items() if "resblocks" not in n or n.endswith("c_fc.weight")}
+    torch.save(state, tmp_path / "bad.pt")
+    with pytest.raises(UserError, match=r"missing: .*, …") as error:
+        load_variables(tmp_path / "bad.pt")
+    assert len(str(error.value)) < 2000
+
+
+def test_hidden_keys_of_wide_models_are_asked_for(tmp_path):
+    """open_clip's H and G have heads of another width than 64; a bare file cannot say so."""
+    width = 1280
+    shapes = {
+        "visual.proj": (width, 8),
+        "visual.conv1.weight": (width, 3, 4, 4),
+        "visual.positional_embedding": (5, width),
+        "visual.transformer.resblocks.0.mlp.c_fc.weight": (8, width),
+        "text_projection": (64, 8),
+        "positional_embedding": (4, 64),
+        "token_embedding.weight": (9, 64),
+        "ln_final.weight": (64,),
+        "transformer.resblocks.0.mlp.c_fc.weight": (8, 64),
+    }
+    save_file({name: np.zeros(shape, np.float32) for name, shape in shapes.items()}, tmp_path / "h.safetensors")
+    with pytest.raises(UserError, match=r"open_clip_config\.json"):
+        load_variables(tmp_path / "h.safetensors", activation="gelu")
+
+
+@pytest.mark.parametrize(
+    ("section", "field", "value"),
+    [
+        ("vision_cfg", "timm_model_name", "vit_so400m"),
+        ("vision_cfg", "no_ln_pre", True),
+        ("vision_cfg", "pool_type", "avg"),
+        ("text_cfg", "hf_model_name", "roberta-base"),
+        ("text_cfg", "no_causal_mask", True),
+        ("model_cfg", "multimodal_cfg", {}),
+        ("preprocess_cfg", "resize_mode", "squash"),
+    ],
+)
+def test_open_clip_settings_that_mean_another_model(small, tmp_path, section, field, value):
+    save(tmp_path / "m", *small, "open_clip")
+    file = tmp_path / "m" / "open_clip_config.json"
+    values = json.loads(file.read_text())
+    target = values["model_cfg"].get(section, values.get(section))
+    target[field] = value or {"layers": 1}
+    file.write_text(json.dumps(values))
+    with pytest.raises(UserError, match=field):
+        load_variables(tmp_path / "m")
+
+
+@pytest.mark.parametrize(
+    ("section", "field", "value", "message"),
+    [
+        ("text_config", "layer_norm_eps", 1e-6, "layer_norm_eps"),
+        ("vision_config", "hidden_act", "quick_gelu", "hidden_act"),
+        ("text_config", "hidden_act", "relu", "hidden_act"),
+        ("text_config", "eos_token_id", 5, "eos_token_id"),
+        ("vision_config", "num_channels", 4, "num_channels"),
+        (None, "model_type", "siglip", "model_type"),
+        ("vision_config", "patch_size", 5, "multiple"),
+        ("vision_config", "patch_size", "x", "patch_size"),
+    ],
+)
+def test_huggingface_settings_that_mean_another_model(small, tmp_path, section, field, value, message):
+    save(tmp_path / "m", *small, "huggingface")
+    file = tmp_path / "m" / "config.json"
+    values = json.loads(file.read_text())
+    (values[section] if section else values)[field] = value
+    file.write_text(json.dumps(values))
+    with pytest.raises(UserError, match=message):
+        load_variables(tmp_path / "m")
+
+
+def test_sharded_huggingface_folder(small, tmp_path):
+    save(tmp_path / "m", *small, "huggingface")
+    whole = tmp_path / "m" / "model.safetensors"
+    tensors = sorted(load_file(whole).items())
+    parts = {"a.safetensors": dict(tensors[:9]), "b.safetensors": dict(tensors[9:])}
+    for name, part in parts.items():
+        save_file(part, tmp_path / "m" / name)
+    index = {"weight_map": {tensor: name for name, part in parts.items() for tensor in part}}
+    (tmp_path / "m" / "model.safetensors.index.json").write_text(json.dumps(index))
+    whole.unlink()
+    assert_same_model(small, load_variables(tmp_path / "m"))
+    index["weight_map"]["logit_scale"] = "../a.safetensors"
+    (tmp_path / "m" / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(UserError, match="outside"):
+        load_variables(tmp_path / "m")
+
+
+def test_safetensors_library_reads_ours(small, tmp_path):
+    save(tmp_path / "m", *small, "open_clip")
+    path = tmp_path / "m" / "open_clip_model.safetensors"
+    theirs, ours = load_file(path), read(path).tensors
+    assert theirs.keys() == ours.keys()
+    for name in theirs:
+        np.testing.assert_array_equal(theirs[name], ours[name])
+
+
+def test_converted_checkpoint_notices_damage(small, tmp_path):
+    save(tmp_path / "m", *small, "jax")
+    file = tmp_path / "m" / "clip_jax.json"
+    values = json.loads(file.read_text())
+    values["crc32"]["params/text/ln_final/bias"] ^= 1
+    file.write_text(json.dumps(values))
+    with pytest.raises(UserError, match="damaged: params/text/ln_final/bias"):
+        load_variables(tmp_path / "m")
+    values["version"] = 2
+    file.write_text(json.dumps(values))
+    with pytest.raises(UserError, match="version 2"):
+        load_variables(tmp_path / "m")
+    file.write_text("[]")
+    with pytest.raises(UserError, match="JSON object"):
+        load_variables(tmp_path / "m")
+
+
+def test_converted_checkpoint_without_its_arrays(small, tmp_path):
+    save(tmp_path / "m", *small, "jax")
+    for file in (tmp_path / "m" / "variables").rglob("*"):
+        if file.is_file() and file.stat().st_size > 1000:
+            file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(UserError, match="damaged"):
+        load_variables(tmp_path / "m")
+
+
+@pytest.mark.parametrize("name", ["nothing", "ViT-B-32", "."])
+def test_sources_that_are_nothing(name, tmp_path):
+    with pytest.raises(UserError, match=r"ViT-B/32|no folder of weights"):
+        load_variables(tmp_path / name if name == "." else name)
+
+
+def test_public_face(archive, tmp_path):
+    model, variables, preprocess = clip_jax.load(archive[2], dtype="bfloat16")
+    side = model.config.vision.image_resolution
+    assert model.config == archive[1] and preprocess.image_resolution == side
+    assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(variables))
+    features = model.apply(variables, np.zeros((1, side, side, 3), np.float32), method=model.encode_image)
+    assert features.dtype == jax.numpy.bfloat16
+    assert clip_jax.available_models()[5] == "ViT-B/32"
+
+
+def test_import_needs_neither_torch_nor_tensorflow():
+    code = "import clip_jax, sys; print([m for m in ('torch', 'tensorflow', 'orbax') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=SCRIPT.parent, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_script_converts_both_ways_and_verifies(archive, tmp_path):
+    path = archive[2]
+    text = convert(path, tmp_path / "jax", "--verify")
+    assert "text features" in text and "all" in text.splitlines()[-1]
+    text = convert(tmp_path / "jax", tmp_path / "back.pt", "--to", "openai", "--verify")
+    assert "within tolerance" in text.splitlines()[-1]
+    assert "exists" in convert(path, tmp_path / "jax", code=2)
+    message = convert(tmp_path / "jax", tmp_path / "other", "--verify", code=2)
+    assert message.startswith("error: ") and message.count("\n") == 1
