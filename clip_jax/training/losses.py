@@ -2,6 +2,8 @@
 
 The dense form writes the definition down and holds the batch x batch logits. The ring computes the same numbers and
 gradients in O(local batch x tile + local batch x width) memory a device, whatever the global batch: see `ring.py`.
+Every hop of the ring costs a fixed overhead, so while local batch x batch logits fit easily the dense form is faster;
+the ring pays from some 1,000 examples a device (`benchmarks/results/loss_memory.md`).
 
 Features are L2-normalised, float32 or bfloat16; logits, sums and the loss are float32. `logit_scale` is the
 logarithm of the inverse temperature, as the model stores it.
@@ -73,7 +75,7 @@ def softmax_loss_ring(
     text_features: Float[Array, "batch width"],
     logit_scale: Float[Array, ""],
     mesh: Mesh,
-    tile: int = 512,
+    tile: int = 1024,
 ) -> Float[Array, ""]:
     """`softmax_loss_dense` over the mesh, without the logits matrix.
 
@@ -106,7 +108,7 @@ def sigmoid_loss_ring(
     logit_scale: Float[Array, ""],
     logit_bias: Float[Array, ""],
     mesh: Mesh,
-    tile: int = 512,
+    tile: int = 1024,
 ) -> Float[Array, ""]:
     """`sigmoid_loss_dense` over the mesh, without the logits matrix.
 
@@ -152,5 +154,5 @@ def _ring(batch: int, mesh: Mesh, tile: int) -> ring.Ring:
             f"expected a batch that divides over {devices} devices (data x fsdp), got {batch}: use {nearest}"
         )
     if tile < 1:
-        raise UserError(f"expected a tile of at least one row, got {tile}: 512 is a good start")
+        raise UserError(f"expected a tile of at least one row, got {tile}: 1024 is a good start")
     return ring.make_ring(mesh, BATCH_AXES, tile)

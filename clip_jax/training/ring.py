@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 Tree = Any
 
@@ -112,15 +112,13 @@ def softmax_loss(
 def _softmax_forward(images, texts, logit_scale, ring):
     scale = jnp.exp(logit_scale)
 
-    def visit(column_sums, rows, row_sums, texts, own):
-        cosines = _mask(product("id,jd->ij", rows["image"], texts), rows["index"], own)
+    def visit(column_sums, images, row_sums, texts, mask):
+        cosines = mask(product("id,jd->ij", images, texts))
         return _add_exp(column_sums, cosines, scale, axis=0), _add_exp(row_sums, cosines, scale, axis=1), ()
 
     empty = (jnp.full_like(images[:, 0], _EMPTY, jnp.float32), jnp.zeros_like(images[:, 0], jnp.float32))
     merge = partial(_merge_exp, scale=scale)
-    row_sums, column_sums, _ = _rotate(
-        visit, merge, ring, rows={"image": images}, row_state=empty, block=texts, tally=empty
-    )
+    row_sums, column_sums, _ = _rotate(visit, merge, ring, rows=images, row_state=empty, block=texts, tally=empty)
     positives = paired_cosines(images, texts)
     row_loss, column_loss = (
         jax.nn.softplus(scale * (peak - positives) + jnp.log(total)) for peak, total in (row_sums, column_sums)
@@ -173,11 +171,11 @@ def sigmoid_loss(
 def _sigmoid_forward(images, texts, logit_scale, logit_bias, ring):
     scale = jnp.exp(logit_scale)
 
-    def visit(contribution, rows, row_state, texts, own):
-        logits = scale * product("id,jd->ij", rows["image"], texts) + logit_bias
-        return contribution, row_state, jnp.sum(jax.nn.softplus(_mask(logits, rows["index"], own)))
+    def visit(contribution, images, row_state, texts, mask):
+        logits = scale * product("id,jd->ij", images, texts) + logit_bias
+        return contribution, row_state, jnp.sum(jax.nn.softplus(mask(logits)))
 
-    *_, negative_loss = _rotate(visit, _add, ring, rows={"image": images}, row_state=(), block=texts, tally=())
+    *_, negative_loss = _rotate(visit, _add, ring, rows=images, row_state=(), block=texts, tally=())
     positives = scale * paired_cosines(images, texts) + logit_bias
     loss = negative_loss + jnp.sum(jax.nn.softplus(-positives))
     return loss, (images, texts, logit_scale, logit_bias)
@@ -210,18 +208,17 @@ sigmoid_loss.defvjp(_sigmoid_forward, _sigmoid_backward)
 def _feature_gradients(weigh, images, texts, row, column, positive_weight, factor, ring):
     """Gradients of the features, given those of the logits: `weigh(...)` for negatives, a vector for positives."""
 
-    def visit(d_texts, rows, d_images, block, own):
-        texts, column = block
-        cosines = product("id,jd->ij", rows["image"], texts)
-        weights, scalars = weigh(cosines, partial(_mask, index=rows["index"], own=own), rows["row"], column)
+    def visit(d_texts, rows, d_images, block, mask):
+        (images, row), (texts, column) = rows, block
+        weights, scalars = weigh(product("id,jd->ij", images, texts), mask, row, column)
         weights = weights.astype(texts.dtype)
         d_images += product("ij,jd->id", weights, texts)
-        d_texts += product("ij,id->jd", weights, rows["image"])
+        d_texts += product("ij,id->jd", weights, images)
         return d_texts, d_images, scalars
 
     zeros = jnp.zeros_like(images, jnp.float32)
     d_images, d_texts, scalars = _rotate(
-        visit, _add, ring, rows={"image": images, "row": row}, row_state=zeros, block=(texts, column), tally=zeros
+        visit, _add, ring, rows=(images, row), row_state=zeros, block=(texts, column), tally=zeros
     )
     d_images = factor * (d_images + positive_weight[:, None] * texts)
     d_texts = factor * (d_texts + positive_weight[:, None] * images)
@@ -234,57 +231,60 @@ def _rotate(
     """Shows every device's block to the rows of every device, tile by tile.
 
     Args:
-      visit: (contribution, tile of rows, tile of row_state, block, own) -> (contribution, tile of row_state,
-        scalars); `own` says whether the block is the device's own.
+      visit: (contribution, tile of rows, tile of row_state, block, mask) -> (contribution, tile of row_state,
+        scalars); `mask` takes out of a tile's logits what does not count.
       merge: combines two tallies.
-      rows: a dict of arrays with leading axis `local` that stay; "index", the row's number, is added.
+      ring: the devices' order and the tile.
+      rows: arrays with leading axis `local` that stay.
       row_state: arrays with leading axis `local` that stay and are updated.
       block: arrays that travel unchanged.
       tally: the empty value of what travels with the block and collects every device's contribution.
-      ring: the devices' order and the tile.
 
     Returns:
       row_state, the tally of the device's own block, and the scalars' sums over all visits.
     """
     shift = partial(jax.lax.ppermute, axis_name=ring.axes, perm=ring.hops)
     local = jax.tree.leaves(rows)[0].shape[0]
-    rows, row_state = _cut((rows | {"index": jnp.arange(local)}, row_state), local, ring.tile)
+    count = -(-local // ring.tile)
+    size = -(-local // count)
+    rows, row_state = jax.tree.map(partial(_cut, count=count, size=size), (rows, row_state))
 
-    def hop(carry, own):
-        row_state, block, collected = carry
+    def hop(carry, _):
+        number, row_state, block, collected = carry
         # Sent before the tiles are computed, so that the transfer overlaps with them. The tally therefore travels one
         # hop late: what arrives here was collected from this block before it came.
         next_block, arriving = shift((block, collected))
 
-        def step(contribution, rows_and_state):
-            contribution, state, scalars = visit(contribution, *rows_and_state, block, own)
-            return contribution, (state, scalars)
+        def step(carry, rows):
+            first, contribution, row_state = carry
+            mask = partial(_mask, first=first, local=local, own=number == 0)
+            tile_state = jax.tree.map(lambda leaf: leaf[first // size], row_state)
+            contribution, tile_state, scalars = visit(contribution, rows, tile_state, block, mask)
+            row_state = jax.tree.map(lambda leaf, update: leaf.at[first // size].set(update), row_state, tile_state)
+            return (first + size, contribution, row_state), scalars
 
-        contribution, (row_state, scalars) = jax.lax.scan(step, tally, (rows, row_state))
-        return (row_state, next_block, merge(arriving, contribution)), scalars
+        (_, contribution, row_state), scalars = jax.lax.scan(step, (0, tally, row_state), rows)
+        return (number + 1, row_state, next_block, merge(arriving, contribution)), scalars
 
-    (row_state, _, collected), scalars = jax.lax.scan(hop, (row_state, block, tally), jnp.arange(len(ring.hops)) == 0)
-    uncut = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:])[:local], row_state)
-    return uncut, shift(collected), jax.tree.map(jnp.sum, scalars)
-
-
-def _cut(rows: Tree, local: int, tile: int) -> Tree:
-    """Cuts axis 0 into equal tiles of at most `tile` rows, filled up with zeros, and with an index of -1."""
-    count = -(-local // tile)
-    size = -(-local // count)
-
-    def cut(leaf):
-        fill = -1 if jnp.issubdtype(leaf.dtype, jnp.integer) else 0
-        padding = [(0, count * size - local)] + [(0, 0)] * (leaf.ndim - 1)
-        return jnp.pad(leaf, padding, constant_values=fill).reshape(count, size, *leaf.shape[1:])
-
-    return jax.tree.map(cut, rows)
+    carry = (0, row_state, block, tally)
+    (_, row_state, _, collected), scalars = jax.lax.scan(hop, carry, length=len(ring.hops))
+    row_state = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:])[:local], row_state)
+    return row_state, shift(collected), jax.tree.map(jnp.sum, scalars)
 
 
-def _mask(logits: Float[Array, "rows columns"], index: Int[Array, " rows"], own: Array) -> Float[Array, "rows columns"]:
+def _cut(rows: Float[Array, "local ..."], count: int, size: int) -> Float[Array, "count size ..."]:
+    """Cuts axis 0 into `count` tiles of `size` rows, the last one filled up with zeros."""
+    padding = [(0, count * size - len(rows))] + [(0, 0)] * (rows.ndim - 1)
+    return jnp.pad(rows, padding).reshape(count, size, *rows.shape[1:])
+
+
+def _mask(
+    logits: Float[Array, "rows columns"], first: Int[Array, ""], local: int, own: Bool[Array, ""]
+) -> Float[Array, "rows columns"]:
     """Takes out the positive pairs, which lie in the device's own block, and the rows that fill up a tile."""
-    positive = jnp.where(own, index, -1)[:, None] == jnp.arange(logits.shape[1])[None, :]
-    return jnp.where(positive | (index < 0)[:, None], _MASKED, logits)
+    row = first + jax.lax.broadcasted_iota(jnp.int32, logits.shape, 0)
+    column = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 1)
+    return jnp.where(own & (row == column) | (row >= local), _MASKED, logits)
 
 
 def _add_exp(sums, cosines, scale, axis: int):
