@@ -1,8 +1,16 @@
 """Every test sees 8 virtual CPU devices, exact float32 products, and no silent rank promotion."""
 
+import os
+from pathlib import Path
+
 import jax
+
+# Compiled programs are kept between tests and runs; the subprocesses that tests start find them too.
+os.environ["JAX_COMPILATION_CACHE_DIR"] = str(Path(__file__).parent.parent / ".pytest_cache" / "jax")
 
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_default_matmul_precision", "highest")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)

@@ -18,8 +18,8 @@ SOFTMAX_LOGIT_SCALE = float(np.log(1 / 0.07))
 SIGMOID_LOGIT_SCALE = float(np.log(10))
 SIGMOID_LOGIT_BIAS = -10.0
 
-Images = Float[Array | np.ndarray, "batch height width 3"]
-Tokens = Int[Array | np.ndarray, "batch length"]
+Images = Float[Array | np.ndarray, "images height width 3"]
+Tokens = Int[Array | np.ndarray, "texts length"]
 
 
 class CLIP(nn.Module):
@@ -60,11 +60,11 @@ class CLIP(nn.Module):
             logits_per_image = logits_per_image + self.logit_bias
         return logits_per_image, logits_per_image.T
 
-    def encode_image(self, images: Images, train: bool = False) -> Float[Array, "batch embed_dim"]:
+    def encode_image(self, images: Images, train: bool = False) -> Float[Array, "images embed_dim"]:
         """Image features, not normalised, in the compute dtype."""
         return self.visual(self._checked_images(images), train)
 
-    def encode_text(self, tokens: Tokens) -> Float[Array, "batch embed_dim"]:
+    def encode_text(self, tokens: Tokens) -> Float[Array, "texts embed_dim"]:
         """Text features, not normalised, in the compute dtype."""
         return self.text(self._checked_tokens(tokens))
 
@@ -78,7 +78,7 @@ class CLIP(nn.Module):
         """Hidden states, last hidden state, pooled output and features of the text tower."""
         return self.text.outputs(self._checked_tokens(tokens))
 
-    def _checked_images(self, images: Images) -> Float[Array, "batch height width 3"]:
+    def _checked_images(self, images: Images) -> Float[Array, "images height width 3"]:
         resolution = self.config.vision.image_resolution
         if images.ndim != 4 or images.shape[1:] != (resolution, resolution, 3):
             raise UserError(
@@ -87,7 +87,7 @@ class CLIP(nn.Module):
             )
         return jnp.asarray(images)
 
-    def _checked_tokens(self, tokens: Tokens) -> Int[Array, "batch length"]:
+    def _checked_tokens(self, tokens: Tokens) -> Int[Array, "texts length"]:
         longest = self.config.text.context_length
         if tokens.ndim != 2 or tokens.shape[1] > longest:
             raise UserError(

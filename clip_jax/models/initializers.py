@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 Initializer = Callable[..., jax.Array]
 
@@ -28,7 +29,7 @@ def constant(value: float, *axes: str) -> Initializer:
 def uniform(bound: float, *axes: str) -> Initializer:
     """Uniform in [-bound, bound]."""
 
-    def draw(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype = jnp.float32) -> jax.Array:
+    def draw(key: jax.Array, shape: tuple[int, ...], dtype: DTypeLike = jnp.float32) -> jax.Array:
         return jax.random.uniform(key, shape, dtype, -bound, bound)
 
     return nn.with_logical_partitioning(draw, axes)

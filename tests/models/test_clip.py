@@ -1,0 +1,201 @@
+import dataclasses
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from clip_jax.errors import UserError
+from clip_jax.models import CLIP, OPENAI_MODELS, Execution, parameter_count
+from tests import tiny
+
+PARAMETERS = {
+    "RN50": 102_007_137,
+    "RN101": 119_688_033,
+    "RN50x4": 178_300_601,
+    "RN50x16": 290_979_217,
+    "RN50x64": 623_258_305,
+    "ViT-B/32": 151_277_313,
+    "ViT-B/16": 149_620_737,
+    "ViT-L/14": 427_616_513,
+    "ViT-L/14@336px": 427_944_193,
+}
+
+
+@functools.cache
+def init(config, seed=0):
+    images, tokens = floats(config, 1), tiny.tokens(config, 1)
+    return nn.unbox(jax.jit(CLIP(config).init)(jax.random.key(seed), images, tokens))
+
+
+def apply(config, variables, *inputs, method=None, execution=None):
+    """A method of the model, compiled: op by op a ResNet takes minutes."""
+    model = CLIP(config, execution or Execution())
+    return jax.jit(lambda variables, *inputs: model.apply(variables, *inputs, method=method))(variables, *inputs)
+
+
+def floats(config, batch, seed=0):
+    return (tiny.images(config, batch, seed) / 128 - 1).astype(np.float32)
+
+
+def test_the_nine_models_are_named():
+    assert list(OPENAI_MODELS) == list(PARAMETERS)
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_parameter_counts(name):
+    assert parameter_count(OPENAI_MODELS[name]) == PARAMETERS[name]
+
+
+@pytest.mark.parametrize("config", [tiny.VIT, tiny.RESNET], ids=["vit", "resnet"])
+def test_shapes_and_dtypes(config):
+    variables = init(config)
+    images, tokens = floats(config, 3), tiny.tokens(config, 5)
+    per_image, per_text = apply(config, variables, images, tokens)
+    assert per_image.shape == (3, 5) and per_image.dtype == jnp.float32
+    np.testing.assert_array_equal(per_image, per_text.T)
+    assert apply(config, variables, images, method=CLIP.encode_image).shape == (3, config.embed_dim)
+    assert apply(config, variables, tokens, method=CLIP.encode_text).shape == (5, config.embed_dim)
+
+
+def test_logits_are_scaled_cosines():
+    variables = init(tiny.VIT)
+    images, tokens = floats(tiny.VIT, 3), tiny.tokens(tiny.VIT, 5)
+    image = np.asarray(apply(tiny.VIT, variables, images, method=CLIP.encode_image), np.float64)
+    text = np.asarray(apply(tiny.VIT, variables, tokens, method=CLIP.encode_text), np.float64)
+    cosines = image @ text.T / np.linalg.norm(image, axis=1)[:, None] / np.linalg.norm(text, axis=1)[None]
+    np.testing.assert_allclose(apply(tiny.VIT, variables, images, tokens)[0], cosines / 0.07, atol=2e-5)
+
+
+def test_text_tower_is_causal():
+    """The hidden state at t has no gradient with respect to the position embeddings after t."""
+    config = tiny.VIT
+    model, variables, tokens = CLIP(config), init(config), tiny.tokens(config, 1)
+    direction = np.random.default_rng(0).normal(size=config.text.width).astype(np.float32)
+
+    def hidden(positions):
+        params = {**variables["params"], "text": {**variables["params"]["text"], "positional_embedding": positions}}
+        return model.apply({"params": params}, tokens, method=model.text_outputs).last_hidden_state[0] @ direction
+
+    jacobian = jax.jit(jax.jacobian(hidden))(variables["params"]["text"]["positional_embedding"])
+    influence = np.abs(np.asarray(jacobian)).max(axis=-1)  # (output position, input position)
+    assert (influence[np.triu_indices(len(influence), 1)] == 0).all()
+    assert (influence[np.tril_indices(len(influence))] > 0).all()
+
+
+def test_padding_after_end_of_text_changes_nothing():
+    config = tiny.VIT
+    variables, tokens = init(config), tiny.tokens(config, 8)
+    other = tokens.copy()
+    after = np.arange(tokens.shape[1])[None] > tokens.argmax(axis=1)[:, None]
+    other[after] = np.random.default_rng(1).integers(1, tiny.END_OF_TEXT, after.sum())
+    assert (tokens != other).any()
+    np.testing.assert_array_equal(
+        apply(config, variables, tokens, method=CLIP.encode_text),
+        apply(config, variables, other, method=CLIP.encode_text),
+    )
+
+
+def test_text_outputs_agree_with_encode_text():
+    config = tiny.VIT
+    variables, tokens = init(config), tiny.tokens(config, 4)
+    outputs = apply(config, variables, tokens, method=CLIP.text_outputs)
+    features = apply(config, variables, tokens, method=CLIP.encode_text)
+    np.testing.assert_allclose(outputs.text_features, features, rtol=1e-5, atol=1e-6)
+    assert outputs.hidden_states.shape == (config.text.layers + 1, 4, config.text.context_length, config.text.width)
+    rows = np.arange(4), tokens.argmax(axis=1)
+    np.testing.assert_array_equal(outputs.pooled_output, np.asarray(outputs.last_hidden_state)[rows])
+
+
+@pytest.mark.parametrize(
+    ("config", "execution"),
+    [
+        (tiny.VIT, Execution(unroll=2)),
+        (tiny.VIT, Execution(remat="full")),
+        (tiny.VIT, Execution(remat="dots")),
+        (tiny.VIT, Execution(remat="attention")),
+        (tiny.RESNET, Execution(remat="full")),
+    ],
+    ids=lambda value: f"{value.remat}-{value.unroll}" if isinstance(value, Execution) else type(value.vision).__name__,
+)
+def test_execution_changes_neither_values_nor_gradients(config, execution):
+    variables = init(config)
+    images, tokens = floats(config, 2), tiny.tokens(config, 2)
+
+    def loss(params, model):
+        rest = {"batch_stats": variables["batch_stats"]} if "batch_stats" in variables else {}
+        logits, _ = model.apply({"params": params, **rest}, images, tokens)
+        return jnp.square(logits).sum()
+
+    expected = jax.jit(jax.value_and_grad(lambda p: loss(p, CLIP(config))))(variables["params"])
+    got = jax.jit(jax.value_and_grad(lambda p: loss(p, CLIP(config, execution))))(variables["params"])
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * float(jnp.abs(b).max()))
+
+
+@pytest.mark.parametrize("config", [tiny.VIT, tiny.RESNET], ids=["vit", "resnet"])
+def test_bfloat16_computes_in_bfloat16_and_stays_close(config):
+    variables = init(config)
+    images, tokens = floats(config, 4), tiny.tokens(config, 4)
+    bfloat16 = Execution(dtype="bfloat16")
+    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(variables))
+    assert apply(config, variables, images, method=CLIP.encode_image, execution=bfloat16).dtype == jnp.bfloat16
+    logits = apply(config, variables, images, tokens, execution=bfloat16)[0]
+    assert logits.dtype == jnp.float32
+    np.testing.assert_allclose(logits, apply(config, variables, images, tokens)[0], atol=0.3)
+
+
+def test_first_weights_are_drawn_as_openai_does():
+    """Standard deviations of `CLIP.initialize_parameters` and of PyTorch's defaults behind it."""
+    params = init(OPENAI_MODELS["ViT-B/32"])["params"]
+    text, visual = params["text"], params["visual"]
+    blocks, vision_blocks = text["transformer"]["resblocks"], visual["transformer"]["resblocks"]
+
+    def std(x):
+        return float(np.asarray(x, np.float64).std())
+
+    expected = {
+        0.02: text["token_embedding"],
+        0.01: text["positional_embedding"],
+        512**-0.5: blocks["attn"]["query"]["kernel"],
+        512**-0.5 * 24**-0.5: blocks["attn"]["out"]["kernel"],
+        1024**-0.5: blocks["mlp"]["c_fc"]["kernel"],
+        768**-0.5: visual["proj"],
+        (6 / (4 * 768)) ** 0.5 / 3**0.5: vision_blocks["attn"]["key"]["kernel"],
+        768**-0.5 / 3**0.5: vision_blocks["attn"]["out"]["kernel"],
+        3072**-0.5 / 3**0.5: vision_blocks["mlp"]["c_proj"]["kernel"],
+        (3 * 32 * 32) ** -0.5 / 3**0.5: visual["conv1"]["kernel"],
+    }
+    for value, leaf in expected.items():
+        assert std(leaf) == pytest.approx(value, rel=0.02)
+    assert float(params["logit_scale"]) == pytest.approx(np.log(1 / 0.07))
+    layers = np.asarray(vision_blocks["attn"]["key"]["kernel"])
+    assert not np.array_equal(layers[0], layers[1])
+
+
+def test_residual_branches_of_a_resnet_start_at_zero():
+    params = init(tiny.RESNET)["params"]["visual"]
+    assert not np.asarray(params["layer2_1"]["bn3"]["scale"]).any()
+    assert np.asarray(params["layer2_1"]["bn2"]["scale"]).all()
+
+
+def test_a_model_with_a_bias_adds_it_to_the_logits():
+    config = dataclasses.replace(tiny.VIT, logit_bias=True)
+    variables = init(config)
+    assert float(variables["params"]["logit_bias"]) == -10
+    logits = apply(config, variables, floats(config, 2), tiny.tokens(config, 2))[0]
+    assert (np.abs(np.asarray(logits) + 10) <= 10 + 1e-4).all()
+
+
+def test_images_of_the_wrong_size_are_refused():
+    model, variables = CLIP(tiny.VIT), init(tiny.VIT)
+    with pytest.raises(UserError, match=r"expected images of shape \(batch, 32, 32, 3\), got \(1, 64, 64, 3\)"):
+        model.apply(variables, np.zeros((1, 64, 64, 3), np.float32), method=model.encode_image)
+
+
+def test_tokens_beyond_the_context_are_refused():
+    model, variables = CLIP(tiny.VIT), init(tiny.VIT)
+    with pytest.raises(UserError, match="at most 16"):
+        model.apply(variables, np.zeros((1, 77), np.int32), method=model.encode_text)

@@ -1,0 +1,37 @@
+import dataclasses
+import json
+
+import pytest
+
+from clip_jax.errors import UserError
+from clip_jax.models import OPENAI_MODELS, CLIPConfig, Execution, ResNetConfig, TextConfig, VisionTransformerConfig
+from tests import tiny
+
+
+@pytest.mark.parametrize(
+    "config",
+    [*OPENAI_MODELS.values(), tiny.VIT, tiny.RESNET],
+    ids=lambda config: f"{config.embed_dim}-{config.vision.width}",
+)
+def test_a_config_survives_json(config):
+    assert CLIPConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: VisionTransformerConfig(225, 32, 768, 12, 12, 3072), "multiple of patch_size"),
+        (lambda: VisionTransformerConfig(224, 32, 770, 12, 12, 3072), "multiple of vision heads"),
+        (lambda: ResNetConfig(224, 64, (3, 4, 6, 0), 32), "at least 1"),
+        (lambda: ResNetConfig(200, 64, (3, 4, 6, 3), 32), "multiple of the total stride"),
+        (lambda: TextConfig(width=512, heads=8, mlp_width=0), "mlp_width must be at least 1"),
+        (lambda: dataclasses.replace(tiny.VIT, activation="relu"), "one of quick_gelu, gelu"),
+        (lambda: CLIPConfig.from_dict({"embed_dim": 4}), "not a CLIP configuration"),
+        (lambda: CLIPConfig.from_dict({**tiny.VIT.to_dict(), "colour": 1}), "colour"),
+        (lambda: Execution(dtype="float16"), "one of float32, bfloat16"),
+        (lambda: Execution(attention="cudnn"), "bfloat16 only"),
+    ],
+)
+def test_impossible_values_are_refused(make, message):
+    with pytest.raises(UserError, match=message):
+        make()
