@@ -184,7 +184,7 @@ def main() -> None:
         *scale_on_tpu(),
         "",
         "Temporaries are those in HBM: tiles that fit into a chip's VMEM take none. Dense is `softmax_loss_dense`,",
-        'which the compiler shards by itself. "Overlapped" counts the transfers of a hop (forward and backward together)',
+        'which the compiler shards by itself. "Overlapped" counts the transfers of a hop (forward and backward)',
         "that the schedule starts before the tiles and ends after them.",
     ]
     print("\n".join(lines))
