@@ -46,12 +46,12 @@ def test_training_never_shows_nor_names_a_held_out_pair(data_dir):
                 assert named <= {shapes.PAIRS[source[index].label]}, caption
 
 
-def test_each_scene_has_four_full_and_two_partial_captions():
+def test_each_scene_has_three_full_captions_and_three_of_its_shape():
     for label in range(64):
         colour, shape = shapes.PAIRS[label]
         texts = draw(0, label, label)[2]
-        assert [names(shapes.COLOURS, text) for text in texts] == [[colour]] * 5 + [[]]
-        assert [names(shapes.SHAPES, text) for text in texts] == [[shape]] * 4 + [[], [shape]]
+        assert [names(shapes.COLOURS, text) for text in texts] == [[colour]] * 3 + [[]] * 3
+        assert [names(shapes.SHAPES, text) for text in texts] == [[shape]] * 6
 
 
 def test_captions_tell_the_truth_about_size_place_and_ground():
