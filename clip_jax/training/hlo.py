@@ -4,6 +4,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 
 # `%name = shape opcode(operands), attributes`; neither shapes nor layouts hold a space followed by `word(`.
 _OP = re.compile(r"^\s+(?:ROOT )?%?(?P<name>\S+) = (?P<shape>.*?) (?P<opcode>[a-z][a-z0-9-]*)\((?P<rest>.*)$")
@@ -112,11 +113,8 @@ def shape_bytes(shape: str) -> int:
 
 def _split_operands(rest: str) -> tuple[tuple[str, ...], str]:
     """`%a, /*index=1*/%b), attributes` -> ("a", "b"), attributes; a constant's operand is its value."""
-    depth, end = 1, 0
-    for end, character in enumerate(rest):
-        depth += (character == "(") - (character == ")")
-        if depth == 0:
-            break
+    depths = accumulate((character == "(") - (character == ")") for character in rest)
+    end = next(position for position, depth in enumerate(depths) if depth < 0)
     inside = re.sub(r"/\*.*?\*/", "", rest[:end])
     names = re.findall(r"%([\w.-]+)", inside) or ([inside] if inside else [])
     return tuple(names), rest[end + 1 :]

@@ -65,7 +65,16 @@ class CostEstimate:
     @property
     def seconds(self) -> float:
         """Of one execution."""
-        return self.compute_seconds + self.bounded_seconds + self.collective_seconds + self.copy_seconds
+        return sum(self.seconds_by_kind().values())
+
+    def seconds_by_kind(self) -> dict[str, float]:
+        """The four parts that make up a step."""
+        return {
+            "computation": self.compute_seconds,
+            "operations without an estimate": self.bounded_seconds,
+            "collectives": self.collective_seconds,
+            "copies": self.copy_seconds,
+        }
 
     def mfu(self, flops: float, device: Device) -> float:
         """Model FLOPs utilisation, of `flops` a device and execution."""

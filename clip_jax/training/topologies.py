@@ -59,6 +59,11 @@ class Generation:
     wraps_from: int
     largest: int
 
+    @property
+    def device_name(self) -> str:
+        """What one JAX device is."""
+        return "chip" if self.devices_per_chip == 1 else "core"
+
 
 # Sources: cloud.google.com/tpu/docs/{v3,v4,v5e,v5p,v6e,tpu7x}, tables of key specifications (peak, HBM bandwidth, ICI,
 # DCN; ICI is quoted in both directions, a device sends half of it; v3 and v4: all-reduce bandwidth of a pod over its
@@ -130,7 +135,7 @@ class Topology:
             "platform": "tpu",
             "topology_name": f"{generation.libtpu_name}:{'x'.join(map(str, self.shape))}",
             "chip_config_name": generation.chip_config,
-            "chips_per_host_bounds": tuple(min(side, 2) for side in self.shape[:2]) + (1,),
+            "chips_per_host_bounds": (*(min(side, 2) for side in self.shape[:2]), 1),
             "num_slices": self.slices,
             "wrap": tuple(side and torus for side in [*wrap, False][:3]),
         }

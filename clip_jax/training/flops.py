@@ -1,0 +1,75 @@
+"""How many floating point operations the mathematics of a model needs: its matrix products and convolutions.
+
+A multiply-add is two operations. Recomputation, padding, norms, softmax and the causal half of attention that is
+computed for nothing or could be left out are not considered: attention counts in full, as in published tables
+(open_clip's docs/model_profile.csv), and a backward pass costs twice its forward pass.
+"""
+
+from itertools import pairwise
+
+from clip_jax.models import CLIPConfig, ResNetConfig, TextConfig, VisionTransformerConfig
+from clip_jax.models.resnet import EXPANSION
+
+
+def train_flops(config: CLIPConfig, global_batch: int) -> int:
+    """Of one example in a training step: both towers and its row of the similarity matrix, forward and backward."""
+    similarities = 2 * global_batch * config.embed_dim
+    return 3 * (forward_flops(config) + similarities)
+
+
+def forward_flops(config: CLIPConfig) -> int:
+    """Of encoding one image and one text."""
+    tower = _resnet if isinstance(config.vision, ResNetConfig) else _vision_transformer
+    return tower(config.vision, config.embed_dim) + _text(config.text, config.embed_dim)
+
+
+def _vision_transformer(config: VisionTransformerConfig, embed_dim: int) -> int:
+    patches = config.tokens - 1
+    embedding = _matmul(patches, 3 * config.patch_size**2, config.width)
+    blocks = config.layers * _block(config.tokens, config.width, config.mlp_width)
+    return embedding + blocks + _matmul(1, config.width, embed_dim)
+
+
+def _text(config: TextConfig, embed_dim: int) -> int:
+    blocks = config.layers * _block(config.context_length, config.width, config.mlp_width)
+    return blocks + _matmul(1, config.width, embed_dim)
+
+
+def _block(tokens: int, width: int, mlp_width: int) -> int:
+    projections = 4 * _matmul(tokens, width, width)
+    attention = 2 * _matmul(tokens, width, tokens)
+    return projections + attention + 2 * _matmul(tokens, width, mlp_width)
+
+
+def _resnet(config: ResNetConfig, embed_dim: int) -> int:
+    width, side = config.width, config.image_resolution // 2
+    stem = (3, width // 2, width // 2, width)
+    total = sum(_conv(side, 3, *channels) for channels in pairwise(stem))
+    inplanes, side = width, side // 2
+    for stage, blocks in enumerate(config.layers):
+        planes = width * 2**stage
+        for block in range(blocks):
+            stride = 2 if stage and not block else 1
+            total += _bottleneck(side, inplanes, planes, stride)
+            inplanes, side = planes * EXPANSION, side // stride
+    return total + _attention_pool(config.tokens, config.output_width, embed_dim)
+
+
+def _bottleneck(side: int, inplanes: int, planes: int, stride: int) -> int:
+    outplanes, after = planes * EXPANSION, side // stride
+    residual = _conv(side, 1, inplanes, planes) + _conv(side, 3, planes, planes) + _conv(after, 1, planes, outplanes)
+    return residual + (_conv(after, 1, inplanes, outplanes) if stride > 1 or inplanes != outplanes else 0)
+
+
+def _attention_pool(tokens: int, width: int, embed_dim: int) -> int:
+    projections = _matmul(1, width, width) + 2 * _matmul(tokens, width, width)
+    return projections + 2 * _matmul(1, width, tokens) + _matmul(1, width, embed_dim)
+
+
+def _conv(side: int, kernel: int, channels_in: int, channels_out: int) -> int:
+    """A square convolution with an output of side x side, padding counted as data."""
+    return _matmul(side**2, kernel**2 * channels_in, channels_out)
+
+
+def _matmul(rows: int, inner: int, columns: int) -> int:
+    return 2 * rows * inner * columns
