@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
-from jaxtyping import Array, Int
 
 from clip_jax.models import CLIP
 from clip_jax.parallel import tree_shardings
@@ -17,16 +16,16 @@ from clip_jax.parallel import tree_shardings
 
 @flax.struct.dataclass
 class TrainState:
-    """Plain arrays, sharded by the rules of clip_jax/parallel.py.
+    """Plain arrays (or their shapes, shardings or specs), sharded by the rules of clip_jax/parallel.py.
 
     Attributes:
-      step: how many updates have been made.
+      step: int32 scalar, how many updates have been made.
       params: the model's parameters, float32.
       batch_stats: running statistics of BatchNorm; empty for a ViT.
       opt_state: the optimizer's moments.
     """
 
-    step: Int[Array, ""]
+    step: Any
     params: Any
     batch_stats: Any
     opt_state: Any

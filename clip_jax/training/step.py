@@ -85,7 +85,7 @@ def make_train_step(
         metrics = {
             "loss": loss,
             "logit_scale": params["logit_scale"],
-            "grad_norm": optax.global_norm(grads),
+            "grad_norm": optax.tree.norm(grads),
         }
         new_state = TrainState(state.step + 1, params, batch_stats, opt_state)
         return new_state, metrics

@@ -1,0 +1,178 @@
+"""The train step: the same on every mesh and for every number of micro-batches, and able to learn."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from clip_jax.errors import UserError
+from clip_jax.models import CLIP, Execution
+from clip_jax.parallel import MeshSizes, make_mesh
+from clip_jax.training.loop import to_devices
+from clip_jax.training.optimizer import OptimizerConfig, make_optimizer
+from clip_jax.training.state import abstract_state, initial_state
+from clip_jax.training.step import MAX_LOGIT_SCALE, StepConfig, contrastive_loss, encode, make_train_step
+from tests import tiny
+
+BATCH = 16
+OPTIMIZER = OptimizerConfig(learning_rate=3e-3, warmup_steps=2)
+
+
+def mesh_of(*sizes):
+    return make_mesh(MeshSizes(*sizes), jax.devices()[: int(np.prod(sizes))])
+
+
+def run(config, mesh, step_config=StepConfig(loss_tile=3), steps=4, optimizer=OPTIMIZER, execution=Execution()):  # noqa: B008
+    """(losses, last state) of a few steps on the same batches."""
+    model, adamw = CLIP(config, execution), make_optimizer(optimizer, 100)
+    state = initial_state(model, adamw, mesh, seed=0)
+    train_step = make_train_step(model, adamw, step_config, mesh)
+    losses = []
+    for step in range(steps):
+        state, metrics = train_step(state, to_devices(tiny.batch(config, BATCH, seed=step), mesh))
+        losses.append(float(metrics["loss"]))
+    return np.array(losses), state
+
+
+@functools.cache
+def on_one_device(config):
+    losses, state = run(config, mesh_of(1, 1, 1))
+    return losses, jax.tree.map(np.asarray, state)
+
+
+@pytest.mark.parametrize("sizes", [(8, 1, 1), (4, 2, 1), (2, 2, 2), (1, 8, 1)], ids=str)
+def test_a_vit_learns_the_same_on_every_mesh(sizes):
+    check_same_as_on_one_device(tiny.VIT, sizes)
+
+
+def test_a_resnet_normalises_over_the_global_batch():
+    check_same_as_on_one_device(tiny.RESNET, (4, 2, 1))
+
+
+def check_same_as_on_one_device(config, sizes):
+    losses, state = run(config, mesh_of(*sizes))
+    expected_losses, expected = on_one_device(config)
+    np.testing.assert_allclose(losses, expected_losses, rtol=2e-5)
+    for got, want in zip(jax.tree.leaves(state.batch_stats), jax.tree.leaves(expected.batch_stats), strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
+    # AdamW turns a gradient of rounding noise into a full step, so parameters agree to a share of the steps taken.
+    for got, want in zip(jax.tree.leaves(state.params), jax.tree.leaves(expected.params), strict=True):
+        assert np.mean(np.abs(np.asarray(got) - want)) < 0.02 * 4 * OPTIMIZER.learning_rate
+
+
+@functools.cache
+def gradients(config, sizes, microbatches):
+    mesh = mesh_of(*sizes)
+    model = CLIP(config)
+    state = initial_state(model, make_optimizer(OPTIMIZER, 100), mesh, seed=0)
+    batch = to_devices(tiny.batch(config, 16), mesh)
+
+    @jax.jit
+    def loss_and_gradients(params):
+        def loss(params):
+            variables = {**state.variables, "params": params}
+            images, texts, _ = encode(model, variables, batch["image"], batch["text"], microbatches, mesh)
+            return contrastive_loss(images, texts, params, StepConfig(loss_tile=3), mesh)
+
+        return jax.value_and_grad(loss)(params)
+
+    return jax.tree.map(np.asarray, loss_and_gradients(state.params))
+
+
+@pytest.mark.parametrize("microbatches", [2, 4, 8])
+def test_accumulation_is_exact_in_every_leaf(microbatches):
+    loss, grads = gradients(tiny.VIT, (2, 1, 1), microbatches)
+    expected_loss, expected = gradients(tiny.VIT, (2, 1, 1), 1)
+    np.testing.assert_allclose(loss, expected_loss, rtol=1e-6)
+    leaves = jax.tree_util.tree_leaves_with_path(expected)
+    for (path, want), got in zip(leaves, jax.tree.leaves(grads), strict=True):
+        scale = np.abs(want).max()
+        if [key.key for key in path[-2:]] == ["key", "bias"]:
+            assert max(scale, np.abs(got).max()) < 1e-6  # softmax does not see a key bias: only rounding is left
+            continue
+        assert scale > 1e-5, path
+        np.testing.assert_allclose(got, want, atol=1e-5 * scale, rtol=0, err_msg=jax.tree_util.keystr(path))
+
+
+def test_batch_norm_of_micro_batches_uses_their_own_statistics_and_moves_once():
+    """Each device's first half and second half are normalised apart; the running mean takes the mean of both."""
+    config, mesh = tiny.RESNET, mesh_of(2, 1, 1)
+    model = CLIP(config)
+    state = initial_state(model, make_optimizer(OPTIMIZER, 100), mesh, seed=0)
+    batch = tiny.batch(config, 8)
+
+    @functools.partial(jax.jit, static_argnums=2)
+    def features_and_statistics(image, text, microbatches):
+        return encode(model, state.variables, image, text, microbatches, mesh)
+
+    images, _, statistics = features_and_statistics(batch["image"], batch["text"], 2)
+    # Device 0 holds rows 0 to 3 and device 1 rows 4 to 7; a micro-batch is half of each.
+    halves = [np.array([0, 1, 4, 5]), np.array([2, 3, 6, 7])]
+    parts = [features_and_statistics(batch["image"][rows], batch["text"][rows], 1) for rows in halves]
+    for rows, (part, _, _) in zip(halves, parts, strict=True):
+        np.testing.assert_allclose(np.asarray(images)[rows], part, atol=1e-5)
+    means = jax.tree.map(lambda a, b: (a + b) / 2, parts[0][2], parts[1][2])
+    for got, want in zip(jax.tree.leaves(statistics), jax.tree.leaves(means), strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("config", [tiny.VIT, tiny.RESNET], ids=["vit", "resnet"])
+def test_each_tower_kind_overfits_one_batch(config):
+    mesh = mesh_of(1, 1, 1)
+    optimizer = make_optimizer(OptimizerConfig(learning_rate=1e-3, weight_decay=0.0, warmup_steps=5), 200)
+    model = CLIP(config)
+    state = initial_state(model, optimizer, mesh, seed=0)
+    train_step = make_train_step(model, optimizer, StepConfig(), mesh)
+    batch = to_devices(tiny.batch(config, BATCH), mesh)
+    losses = []
+    for _ in range(60):
+        state, metrics = train_step(state, batch)
+        losses.append(float(metrics["loss"]))
+    assert losses[0] > 0.9 * np.log(BATCH)
+    assert losses[-1] < 0.05
+
+
+def test_the_temperature_stays_within_its_bounds():
+    """A batch of identical pairs pushes the scale down, a learned one up; neither passes 0 or ln 100."""
+    mesh = mesh_of(1, 1, 1)
+    wild = OptimizerConfig(learning_rate=3.0, weight_decay=0.0, warmup_steps=0)
+    model, optimizer = CLIP(tiny.VIT), make_optimizer(wild, 100)
+    train_step = make_train_step(model, optimizer, StepConfig(), mesh)
+    batch = tiny.batch(tiny.VIT, BATCH)
+    same = {key: np.repeat(value[:1], BATCH, axis=0) for key, value in batch.items()}
+    for start, end, data in ((0.5, 0.0, same), (MAX_LOGIT_SCALE - 0.1, MAX_LOGIT_SCALE, batch)):
+        state = initial_state(model, optimizer, mesh, seed=0)
+        state = state.replace(params={**state.params, "logit_scale": jnp.float32(start)})
+        seen = []
+        for _ in range(6):
+            state, metrics = train_step(state, to_devices(data, mesh))
+            seen.append(float(metrics["logit_scale"]))
+        assert all(0 <= value <= np.float32(MAX_LOGIT_SCALE) for value in seen)
+        if data is same:
+            assert seen[-1] == pytest.approx(end) or min(seen) >= 0
+
+
+def test_bfloat16_follows_float32():
+    losses, state = run(tiny.VIT, mesh_of(2, 1, 1), execution=Execution(dtype="bfloat16"))
+    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(state.params))
+    np.testing.assert_allclose(losses, on_one_device(tiny.VIT)[0], rtol=0.05)
+
+
+def test_the_loss_must_suit_the_model():
+    with pytest.raises(UserError, match="logit_bias"):
+        make_train_step(CLIP(tiny.VIT), make_optimizer(OPTIMIZER, 10), StepConfig(loss="sigmoid"), mesh_of(1, 1, 1))
+
+
+def test_the_state_is_born_sharded():
+    mesh, model, optimizer = mesh_of(2, 2, 2), CLIP(tiny.VIT), make_optimizer(OPTIMIZER, 10)
+    state = initial_state(model, optimizer, mesh, seed=0)
+    expected = abstract_state(model, optimizer, mesh)
+    for got, want in zip(jax.tree.leaves(state), jax.tree.leaves(expected), strict=True):
+        assert got.sharding == want.sharding and got.dtype == want.dtype
+    kernel = "visual", "transformer", "resblocks", "mlp", "c_fc", "kernel"
+    moments = state.opt_state[0]
+    for tree in (state.params, moments.mu, moments.nu):
+        leaf = functools.reduce(lambda node, key: node[key], kernel, tree)
+        assert leaf.addressable_shards[0].data.shape == (2, 64 // 2, 256 // 2)
