@@ -40,13 +40,16 @@ class TinyPhotos(tfds.core.GeneratorBasedBuilder):
             png = io.BytesIO()
             solid(index).save(png, "PNG")
             png.seek(0)
-            yield index, {
-                "image": png,
-                "image/filename": f"{index}.png",
-                "captions": [{"id": k, "text": f"Caption {k} of photo {index}: ä"} for k in range(2)],
-                "title": f"Photo {index}",
-                "label": index % 2,
-            }
+            yield (
+                index,
+                {
+                    "image": png,
+                    "image/filename": f"{index}.png",
+                    "captions": [{"id": k, "text": f"Caption {k} of photo {index}: ä"} for k in range(2)],
+                    "title": f"Photo {index}",
+                    "label": index % 2,
+                },
+            )
 
 
 @pytest.fixture(scope="module")
