@@ -1,0 +1,131 @@
+"""Costs of a small program, written in the form in which the TPU compiler prints a scheduled one."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from clip_jax.training.hlo import parse, shape_bytes
+from clip_jax.training.hlo_cost import estimate, group_size
+from clip_jax.training.topologies import Device
+
+# 1 GHz; 1 GB/s to memory; 1 GB/s over 4 links to other chips.
+DEVICE = Device(1e12, 1e9, 2**30, 1e9, 1e9, 4, 1e8)
+
+PROGRAM = """\
+HloModule jit_step, is_scheduled=true
+
+%fused (p: f32[8,128]) -> f32[8,128] {
+  %p = f32[8,128]{1,0:T(8,128)} parameter(0)
+  ROOT %add.9 = f32[8,128]{1,0:T(8,128)} add(%p, %p)
+}
+
+%cond (c: (s32[], f32[8,128])) -> pred[] {
+  %limit = s32[]{:T(128)} constant(12)
+  %c = (s32[]{:T(128)}, f32[8,128]{1,0:T(8,128)S(1)}) parameter(0)
+  %counter = s32[]{:T(128)} get-tuple-element(%c), index=0
+  ROOT %less = pred[]{:T(512)} compare(%counter, %limit), direction=LT
+}
+
+%body (b: (s32[], f32[8,128])) -> (s32[], f32[8,128]) {
+  %b = (s32[]{:T(128)}, f32[8,128]{1,0:T(8,128)S(1)}) parameter(0)
+  %i = s32[]{:T(128)} get-tuple-element(%b), index=0
+  %x = f32[8,128]{1,0:T(8,128)S(1)} get-tuple-element(%b), index=1
+  %send = (f32[8,128]{1,0}, f32[8,128]{1,0}, u32[]{:S(2)}) collective-permute-start(%x), source_target_pairs={{0,1},{1,0}}
+  %fusion.1 = f32[8,128]{1,0:T(8,128)S(1)} fusion(%x), kind=kLoop, calls=%fused, \
+metadata={op_name="jit(step)/while/body/add"}, backend_config={"window_config":{"estimated_cycles":"5000"}}
+  %sent = f32[8,128]{1,0} collective-permute-done(%send)
+  %next = s32[]{:T(128)} add(%i, %i), backend_config={"window_config":{"estimated_cycles":"7"}}
+  ROOT %result = (s32[]{:T(128)}, f32[8,128]{1,0:T(8,128)S(1)}) tuple(%next, /*index=1*/%sent)
+}
+
+ENTRY %main (a: f32[8,128]) -> f32[8,128] {
+  %a = f32[8,128]{1,0:T(8,128)} parameter(0)
+  %zero = s32[]{:T(128)} constant(2)
+  %start = s32[]{:T(128)S(6)} copy(%zero), backend_config={"window_config":{"estimated_cycles":"1"}}
+  %init = (s32[]{:T(128)}, f32[8,128]{1,0:T(8,128)S(1)}) tuple(%start, %a)
+  %loop = (s32[]{:T(128)}, f32[8,128]{1,0:T(8,128)S(1)}) while(%init), condition=%cond, body=%body
+  %y = f32[8,128]{1,0:T(8,128)S(1)} get-tuple-element(%loop), index=1
+  %kernel = f32[8,128]{1,0:T(8,128)} custom-call(%y), custom_call_target="tpu_custom_call", \
+backend_config={"custom_call_config":{"cost_estimate":{"flops":20000000,"transcendentals":0,"bytes_accessed":8192}}}
+  %sum = (f32[8,128]{1,0}, f32[]) all-reduce(%kernel, %zero), replica_groups=[1,4]<=[4], to_apply=%fused
+  %first = f32[8,128]{1,0} get-tuple-element(%sum), index=0
+  ROOT %out = f32[8,128]{1,0:T(8,128)} sort(%first), dimensions={0}
+}
+"""
+
+
+@pytest.fixture(scope="module")
+def cost():
+    return estimate(PROGRAM, DEVICE)
+
+
+def test_cycles_count_once_a_trip(cost):
+    assert cost.cycles == 1 + 10 * (5000 + 7)  # the counter goes from 2 to 12
+    assert cost.cycles_by_scope["jit(step)/while/body/add"] == 50_000
+    assert cost.compute_seconds == pytest.approx(cost.cycles / 1e9)
+    assert cost.unknown_loops == 0
+
+
+def test_collectives_count_with_their_trips(cost):
+    permute, reduce = cost.collectives["collective-permute"], cost.collectives["all-reduce"]
+    assert (permute.count, permute.bytes) == (10, 10 * 4096)
+    assert (reduce.count, reduce.bytes) == (1, 4096 + 4)
+
+
+def test_transfers_overlap_with_what_runs_meanwhile(cost):
+    permute = 1e-6 + 4096 / 0.25e9  # over one link
+    all_reduce = 1e-6 + 2 * 3 / 4 * 4100 / 1e9
+    assert permute > 5e-6
+    assert cost.collective_seconds == pytest.approx(10 * (permute - 5e-6) + all_reduce)
+
+
+def test_what_has_no_estimate_is_not_free(cost):
+    assert cost.bounded == pytest.approx({'"tpu_custom_call"': 2e-5, "sort": 8192 / 1e9})
+    assert cost.bounded_seconds == pytest.approx(2e-5 + 8192e-9)
+
+
+def test_the_parts_add_up(cost):
+    parts = cost.compute_seconds + cost.bounded_seconds + cost.collective_seconds + cost.copy_seconds
+    assert cost.seconds == pytest.approx(parts)
+    assert cost.mfu(1e6, DEVICE) == pytest.approx(1e6 / parts / 1e12)
+
+
+def test_a_loop_without_a_known_end_counts_once_and_is_reported():
+    cost = estimate(PROGRAM.replace("constant(12)", "parameter(1)"), DEVICE)
+    assert cost.unknown_loops == 1
+    assert cost.cycles == 1 + 5007
+
+
+def test_trip_counts_of_real_programs():
+    def nested(x):
+        inner = lambda y, _: (jnp.sin(y @ y), None)  # noqa: E731
+        outer = lambda y, _: (jax.lax.scan(inner, y, length=3)[0], None)  # noqa: E731
+        return jax.lax.scan(outer, x, length=5)[0]
+
+    program = parse(jax.jit(nested).lower(jnp.ones((4, 4))).compile().as_text())
+    loops = [
+        program.trip_count(op, name) for name, ops in program.computations.items() for op in ops if op.opcode == "while"
+    ]
+    assert sorted(loops) == [3, 5]
+
+
+def test_bytes_of_types():
+    assert (
+        shape_bytes("(bf16[2,3]{1,0:T(8,128)(2,1)S(1)}, pred[7], /*index=2*/s4[4], f32[], u32[]{:S(2)})")
+        == 12 + 7 + 2 + 8
+    )
+    assert shape_bytes("f8e4m3fn[10]") == 10
+
+
+@pytest.mark.parametrize(
+    "groups, members",
+    [
+        ("{{0,1,2,3},{4,5,6,7}}", 4),
+        ("[2,8]<=[16]", 8),
+        ("mesh['axis_0'=16,'axis_1'=4,'axis_2'=1] {'axis_0','axis_2'}", 16),
+    ],
+)
+def test_members_of_a_collective(groups, members):
+    program = parse(PROGRAM.replace("[1,4]<=[4]", groups))
+    [op] = [op for op in program.computations["main"] if op.opcode == "all-reduce"]
+    assert group_size(op) == members
