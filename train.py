@@ -30,10 +30,14 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--processes", type=int, help="how many processes there are, when started by hand")
     parser.add_argument("--process_index", type=int, help="which of them this is, when started by hand")
     flags, config = cli.parse(parser, argv)
+    if not flags.workdir and not flags.plan:
+        raise UserError("expected --workdir DIR to train in, or --plan TOPOLOGY; got neither")
     if flags.plan:
-        raise UserError("not yet")
-    if not flags.workdir:
-        raise UserError("expected --workdir DIR to train in (or --plan TOPOLOGY), got neither")
+        from clip_jax.training.config import RunConfig
+        from clip_jax.training.plan import main_plan
+
+        main_plan(RunConfig.from_dict(config.to_dict()), flags.plan, flags.plan_output)
+        return
     from clip_jax.training.distributed import initialize
     from clip_jax.training.run import run
 

@@ -75,7 +75,7 @@ def override(config: ConfigDict, assignments: Sequence[tuple[str, str]]) -> Conf
     """
     config = config.copy_and_resolve_references()
     for field, text in assignments:
-        fields = dict(_leaves(config))
+        fields = _fields(config)
         if field not in fields:
             near = difflib.get_close_matches(field, fields, n=3) or sorted(fields)
             raise UserError(f"the config has no field {field!r}; did you mean {', '.join(near)}?")
@@ -99,11 +99,14 @@ def _assignments(rest: Sequence[str], parser: argparse.ArgumentParser) -> list[t
     return pairs
 
 
-def _leaves(config: ConfigDict, prefix: str = "") -> list[tuple[str, Any]]:
-    leaves = []
+def _fields(config: ConfigDict, prefix: str = "") -> dict[str, Any]:
+    """Every field by its dotted name; groups of fields too, which a literal such as {'digits': {}} replaces."""
+    fields = {}
     for key, value in config.items():
-        leaves += _leaves(value, f"{prefix}{key}.") if isinstance(value, ConfigDict) else [(prefix + key, value)]
-    return leaves
+        fields[prefix + key] = value
+        if isinstance(value, ConfigDict):
+            fields.update(_fields(value, f"{prefix}{key}."))
+    return fields
 
 
 def _parse_like(old: Any, text: str, field: str) -> Any:
@@ -118,6 +121,9 @@ def _parse_like(old: Any, text: str, field: str) -> Any:
         value = float(value)
     if isinstance(old, tuple) and isinstance(value, str):
         value = tuple(text.split(","))
+    if isinstance(old, ConfigDict) and isinstance(value, dict):
+        value = ConfigDict(value)
     if old is not None and type(value) is not type(old):
-        raise UserError(f"config.{field} must be of type {type(old).__name__}, like {old!r}; got {text!r}")
+        example = old.to_dict() if isinstance(old, ConfigDict) else old
+        raise UserError(f"config.{field} must be of type {type(example).__name__}, like {example!r}; got {text!r}")
     return value

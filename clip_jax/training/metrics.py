@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from etils import epath
 from tensorboardX import SummaryWriter
@@ -38,7 +39,7 @@ class MetricsWriter:
         self._events.close()
 
 
-def read_metrics(workdir: str | Path) -> list[dict[str, float]]:
+def read_metrics(workdir: str | Path) -> list[dict[str, Any]]:
     """The lines of metrics.jsonl, in order."""
     return [json.loads(line) for line in _lines(epath.Path(workdir).expanduser() / METRICS_FILE)]
 

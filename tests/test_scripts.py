@@ -1,0 +1,82 @@
+"""The scripts as a user calls them: mistakes give one line and exit code 2."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).parent.parent
+
+
+def call(*arguments):
+    command = [sys.executable, *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+
+
+@pytest.fixture(scope="module")
+def other_workdir(tmp_path_factory):
+    """A workdir that holds a finished run of a one-layer model."""
+    workdir = tmp_path_factory.mktemp("other") / "run"
+    small = {"vision.layers": 1, "vision.width": 32, "vision.mlp_width": 32, "text.width": 32, "text.layers": 1}
+    model = [f"--config.model.{field}={value}" for field, value in {**small, "text.heads": 2}.items()]
+    done = call("train.py", "--config", "demo", "--workdir", workdir, "--config.total_steps=2", *model,
+                "--config.optimizer.warmup_steps=1", "--config.batch_size=8", "--config.data={'digits': {}}",
+                "--config.eval_datasets=digits")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return workdir
+
+
+@pytest.mark.parametrize("script", ["train.py", "evaluate.py", "convert_torch_weights.py"])
+def test_help_is_complete(script):
+    done = call(script, "--help")
+    assert done.returncode == 0
+    assert "usage:" in done.stdout and len(done.stdout.splitlines()) > 8
+
+
+def mistakes():
+    train, evaluate = ("train.py", "--workdir", "{tmp}/run"), ("evaluate.py", "--weights", "{tmp}/none")
+    return {
+        "unknown config": ((*train, "--config", "vit_b31"), "unknown config 'vit_b31'; expected a path or one of demo"),
+        "misspelt override": ((*train, "--config", "demo", "--config.optimzer.learning_rate=1"),
+                              "did you mean optimizer.learning_rate"),
+        "override of a wrong type": ((*train, "--config", "demo", "--config.batch_size=many"), "must be of type int"),
+        "no workdir": (("train.py", "--config", "demo"), "expected --workdir"),
+        "missing folder": ((*train, "--config", "vit_b32", "--config.data.folder.path={tmp}/none"), "{tmp}/none"),
+        "empty folder": ((*train, "--config", "vit_b32", "--config.data.folder.path={tmp}/empty"), "no image"),
+        "evaluation of a missing folder": ((*evaluate, "--config", "demo", "--datasets", "{tmp}/none"), "{tmp}/none"),
+        "evaluation of an empty folder": ((*evaluate, "--config", "demo", "--datasets", "{tmp}/empty"), "{tmp}/empty"),
+        "missing weights": ((*evaluate, "--config", "demo", "--datasets", "digits"), "{tmp}/none"),
+        "a class name that does not fit": ((*evaluate, "--config", "demo", "--datasets", "{tmp}/long"), "tokens"),
+        "a checkpoint of another model": (("evaluate.py", "--weights", "{other}", "--config", "demo",
+                                           "--datasets", "digits"), "of another model"),
+        "a workdir of another run": (("train.py", "--workdir", "{other}", "--config", "demo"), "holds a run with"),
+        "unknown topology": (("train.py", "--config", "vit_b32", "--plan", "v9-8"), "v9-8"),
+        "half a cluster": ((*train, "--config", "demo", "--processes", "2"), "all three or none"),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", mistakes())
+def test_a_mistake_gives_one_line_and_exit_code_2(name, tmp_path, other_workdir):
+    (tmp_path / "empty").mkdir()
+    class_name = tmp_path / "long" / " ".join(["word"] * 30)
+    class_name.mkdir(parents=True)
+    Image.new("RGB", (40, 40)).save(class_name / "one.png")
+    arguments, message = mistakes()[name]
+    places = {"tmp": tmp_path, "other": other_workdir}
+    if name == "a class name that does not fit":
+        arguments = tuple(str(other_workdir) if argument == "{tmp}/none" else argument for argument in arguments)
+        config = [f"--config.model.{f}={v}" for f, v in (("vision.layers", 1), ("vision.width", 32),
+                  ("vision.mlp_width", 32), ("text.width", 32), ("text.layers", 1), ("text.heads", 2))]  # fmt: skip
+        arguments = (*arguments, *config)
+    done = call(*(argument.format(**places) for argument in arguments))
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    assert done.returncode == 2, done.stderr
+    assert len(errors) == 1 and message.format(**places) in errors[0], done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_the_library_needs_neither_tensorflow_nor_torch():
+    program = "import sys, clip_jax; print([m for m in ('tensorflow', 'torch', 'clip') if m in sys.modules])"
+    assert call("-c", program).stdout.strip() == "[]"
