@@ -6,6 +6,7 @@ import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from string import Template
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -36,7 +37,7 @@ $body
 
 
 def write_report(
-    path: str | Path, title: str, metrics: Sequence[Mapping[str, float]], results: Sequence[ZeroShotResult]
+    path: str | Path, title: str, metrics: Sequence[Mapping[str, Any]], results: Sequence[ZeroShotResult]
 ) -> None:
     """Write the page; pictures are inside it, so that the one file can be sent to anyone.
 
