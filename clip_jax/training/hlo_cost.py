@@ -104,16 +104,17 @@ class _Schedule:
         """Adds `times` executions of a computation to the cost; returns the seconds of one."""
         now, busy_until, arrives = 0.0, defaultdict(float), {}
         for op in self.program.computations[computation]:
+            step, transfer = _phase(op, self.program)
             if op.opcode == "while":
                 now += self._loop(op, computation, times)
             elif op.opcode in ("call", "conditional"):
                 now += max(self.run(name, times) for name in _callees(op))
-            elif op.opcode.endswith("-start") or op.opcode in ("send", "recv"):
+            elif step == "start":
                 carrier, seconds = self._transfer(op, computation, times)
                 busy_until[carrier] = max(now, busy_until[carrier]) + seconds
-                arrives[op.name] = carrier, busy_until[carrier]
-            elif op.opcode.endswith("-done"):
-                carrier, arrival = arrives[op.operands[0]]
+                arrives[transfer] = carrier, busy_until[carrier]
+            elif step == "done":
+                carrier, arrival = arrives[transfer]
                 wait = max(0.0, arrival - now)
                 if carrier == "hbm":
                     self.cost.copy_seconds += times * wait
@@ -133,8 +134,11 @@ class _Schedule:
 
     def _execute(self, op: Op, computation: str, times: int) -> float:
         """Accounts an operation that nothing overlaps with; returns its seconds."""
-        if op.opcode in COLLECTIVES:
-            seconds = self._collective(op, op.opcode, shape_bytes(op.shape), times)
+        fused = _fused_collective(op, self.program)
+        if fused or op.opcode in COLLECTIVES:
+            # A fusion with no cycles of its own around an all-reduce: each device keeps its part of the sum.
+            kind = "reduce-scatter" if fused and fused.opcode == "all-reduce" else (fused or op).opcode
+            seconds = self._collective(fused or op, kind, shape_bytes(op.shape), times)
             self.cost.collective_seconds += times * seconds
         elif op.estimated_cycles is not None:
             seconds = op.estimated_cycles / self.device.clock_hz
@@ -150,8 +154,9 @@ class _Schedule:
 
     def _transfer(self, op: Op, computation: str, times: int) -> tuple[str, float]:
         """What carries an asynchronous transfer, and for how long."""
-        kind = op.opcode.removesuffix("-start")
-        moved = self.program.transferred_bytes(op, computation)
+        if fused := _fused_collective(op, self.program):
+            return "network", self._collective(fused, fused.opcode, shape_bytes(fused.shape), times)
+        kind, moved = op.opcode.removesuffix("-start"), self.program.transferred_bytes(op, computation)
         if kind in COLLECTIVES:
             return "network", self._collective(op, kind, moved, times)
         return "hbm", moved / self.device.hbm_bandwidth
@@ -186,11 +191,11 @@ def group_size(op: Op) -> int:
         return listed[1].count(",") + 1
     if tiled := re.match(r"\[\d+,(\d+)\]", text):
         return int(tiled[1])
-    if meshed := re.match(r"@?\w*\[(.*?)\] ?\{(.*?)\}", text):
+    if meshed := re.match(r"mesh\[(.*?)\][^{]*\{(.*?)\}", text):
         sizes = dict(re.findall(r"'(\w+)'=(\d+)", meshed[1]))
         members = 1
-        for axis in re.findall(r"'(\w+)'", meshed[2]):
-            members *= int(sizes[axis])
+        for axis, part in re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", meshed[2]):
+            members *= int(part or sizes[axis])
         return members
     return 2
 
@@ -198,3 +203,23 @@ def group_size(op: Op) -> int:
 def _callees(op: Op) -> list[str]:
     found = re.search(r"(?:to_apply|branch_computations|true_computation)=\{?([^}]*?)\}?(?:, \w+=|$)", op.attributes)
     return re.findall(r"%([\w.-]+)", found[1])
+
+
+def _phase(op: Op, program: Program) -> tuple[str, str]:
+    """Whether an operation starts or finishes a transfer that goes on meanwhile, and the transfer's name."""
+    if op.name.startswith("async-collective-") and (fused := _fused_collective(op, program)):
+        return op.name.split("-")[2].partition(".")[0], fused.attribute("channel_id")
+    if op.opcode.endswith("-start"):
+        return "start", op.name
+    if op.opcode.endswith("-done"):
+        return "done", op.operands[0]
+    return "", ""
+
+
+def _fused_collective(op: Op, program: Program) -> Op | None:
+    """The collective that a fusion without cycles of its own carries out."""
+    if op.opcode != "fusion" or op.estimated_cycles is not None:
+        return None
+    inside = program.computations[op.attribute("calls")]
+    nested = (_fused_collective(inner, program) for inner in inside)
+    return next(filter(None, (*(inner for inner in inside if inner.opcode in COLLECTIVES), *nested)), None)

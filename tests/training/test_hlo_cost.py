@@ -30,7 +30,7 @@ HloModule jit_step, is_scheduled=true
   %b = (s32[]{:T(128)}, f32[8,128]{1,0:T(8,128)S(1)}) parameter(0)
   %i = s32[]{:T(128)} get-tuple-element(%b), index=0
   %x = f32[8,128]{1,0:T(8,128)S(1)} get-tuple-element(%b), index=1
-  %send = (f32[8,128]{1,0}, f32[8,128]{1,0}, u32[]{:S(2)}) collective-permute-start(%x), source_target_pairs={{0,1},{1,0}}
+  %send = (f32[8,128]{1,0}, f32[8,128]{1,0}, u32[]) collective-permute-start(%x), source_target_pairs={{0,1},{1,0}}
   %fusion.1 = f32[8,128]{1,0:T(8,128)S(1)} fusion(%x), kind=kLoop, calls=%fused, \
 metadata={op_name="jit(step)/while/body/add"}, backend_config={"window_config":{"estimated_cycles":"5000"}}
   %sent = f32[8,128]{1,0} collective-permute-done(%send)
@@ -50,6 +50,37 @@ backend_config={"custom_call_config":{"cost_estimate":{"flops":20000000,"transce
   %sum = (f32[8,128]{1,0}, f32[]) all-reduce(%kernel, %zero), replica_groups=[1,4]<=[4], to_apply=%fused
   %first = f32[8,128]{1,0} get-tuple-element(%sum), index=0
   ROOT %out = f32[8,128]{1,0:T(8,128)} sort(%first), dimensions={0}
+}
+"""
+
+
+# As the compiler writes fsdp: a gather that runs beside the fusions between its start and its end, and a sum of which
+# every device keeps a part.
+SHARDED = """\
+%gather (s: f32[2,128]) -> f32[8,128] {
+  %s = f32[2,128]{1,0} parameter(0)
+  ROOT %g = f32[8,128]{1,0} all-gather(%s), channel_id=5, replica_groups=[1,4]<=[4], dimensions={0}
+}
+
+%gather_on (s.1: f32[2,128]) -> f32[8,128] {
+  %s.1 = f32[2,128]{1,0} parameter(0)
+  ROOT %g.1 = f32[8,128]{1,0} all-gather(%s.1), channel_id=5, replica_groups=[1,4]<=[4], dimensions={0}
+}
+
+%all-reduce-scatter (t: f32[8,128]) -> f32[2,128] {
+  %t = f32[8,128]{1,0} parameter(0)
+  %r = f32[8,128]{1,0} all-reduce(%t), channel_id=1, replica_groups=[1,4]<=[4], to_apply=%gather
+  ROOT %d = f32[2,128]{1,0} slice(%r), slice={[0:2], [0:128]}
+}
+
+ENTRY %main (a: f32[2,128]) -> f32[2,128] {
+  %a = f32[2,128]{1,0} parameter(0)
+  %async-collective-start.1 = (f32[2,128]{1,0}, f32[8,128]{1,0}) fusion(%a), kind=kCustom, calls=%gather
+  %x = f32[2,128]{1,0} get-tuple-element(%async-collective-start.1), index=0
+  %fusion.3 = (f32[8,128]{1,0}) fusion(%x), kind=kOutput, calls=%gather_on, \
+backend_config={"window_config":{"estimated_cycles":"1500"}}
+  %async-collective-done.1 = f32[8,128]{1,0} fusion(%x), kind=kCustom, calls=%gather
+  ROOT %fusion.4 = f32[2,128]{1,0} fusion(%async-collective-done.1), kind=kCustom, calls=%all-reduce-scatter
 }
 """
 
@@ -77,6 +108,16 @@ def test_transfers_overlap_with_what_runs_meanwhile(cost):
     all_reduce = 1e-6 + 2 * 3 / 4 * 4100 / 1e9
     assert permute > 5e-6
     assert cost.collective_seconds == pytest.approx(10 * (permute - 5e-6) + all_reduce)
+
+
+def test_collectives_inside_fusions():
+    cost = estimate(SHARDED, DEVICE)
+    gather, scatter = cost.collectives["all-gather"], cost.collectives["reduce-scatter"]
+    assert (gather.count, gather.bytes, scatter.count, scatter.bytes) == (1, 4096, 1, 1024)
+    assert set(cost.collectives) == {"all-gather", "reduce-scatter"}
+    bandwidth_seconds = 3 * 1024 / 1e9
+    assert cost.collective_seconds == pytest.approx(2 * (1e-6 + bandwidth_seconds) - 1.5e-6)
+    assert cost.bounded_seconds == 0
 
 
 def test_what_has_no_estimate_is_not_free(cost):
@@ -123,6 +164,7 @@ def test_bytes_of_types():
         ("{{0,1,2,3},{4,5,6,7}}", 4),
         ("[2,8]<=[16]", 8),
         ("mesh['axis_0'=16,'axis_1'=4,'axis_2'=1] {'axis_0','axis_2'}", 16),
+        ("mesh['axis_0'=16,'axis_1'=4], device_ids=([4,16]T(1,0)) {'axis_1':(1)2}", 2),
     ],
 )
 def test_members_of_a_collective(groups, members):
