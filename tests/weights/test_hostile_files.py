@@ -1,12 +1,10 @@
 """Files made to do harm, and files harmed: nothing happens but a UserError, within bounded memory."""
 
-import io
 import json
 import os
 import pickle
 import resource
 import struct
-import sys
 import tracemalloc
 import zipfile
 
@@ -43,6 +41,7 @@ def tensor_pickle(numel=4, offset=0, size=(4,), stride=(1,)):
 def write_archive(path, data_pkl, entries=(), compression=zipfile.ZIP_STORED):
     with zipfile.ZipFile(path, "w", compression) as archive:
         archive.writestr("archive/data.pkl", data_pkl)
+        archive.writestr("archive/version", "3\n")
         for name, content in entries or [("archive/data/0", np.arange(4, dtype="<f4").tobytes())]:
             archive.writestr(name, content)
     return path
@@ -107,7 +106,7 @@ def test_pickles_that_run_code(tmp_path, protocol, function):
     ids=["reduce", "stack global", "eval", "class", "torch.load", "old rebuild", "prefix", "inst", "obj", "ext"],
 )
 def test_names_that_are_not_allowed(data):
-    with pytest.raises(UserError, match="nothing was executed|opcode"):
+    with pytest.raises(UserError, match=r"nothing was executed|opcode"):
         unpickle(data, lambda *_: np.zeros(4, np.float32))
 
 
@@ -182,9 +181,9 @@ def test_deep_and_cyclic_modules(tmp_path):
     build = b"c__torch__.a\nB\n)\x81"
     cycle = b"\x80\x02" + build + b"q\x00}X\x01\x00\x00\x00mh\x00sb."
     refused(write_archive(tmp_path / "cycle.pt", cycle), "tree")
-    deep = b"\x80\x02" + (build + b"}X\x01\x00\x00\x00m") * 10_000 + b"N" + b"sb" * 10_000 + b"."
+    deep = b"\x80\x02" + (build + b"}X\x01\x00\x00\x00m") * 100 + b"N" + b"sb" * 100 + b"."
     refused(write_archive(tmp_path / "deep.pt", deep), "too deep")
-    nested = b"\x80\x02" + b"]" * 100_000 + b"a" * 99_999 + b"."
+    nested = b"\x80\x02" + b"]" * 5000 + b"a" * 4999 + b"."
     refused(write_archive(tmp_path / "nested.pt", nested), "list")
 
 
@@ -317,43 +316,33 @@ def _mutated(content, rng):
     return bytes(data)
 
 
-def _seeds(small, tmp_path):
-    """(content, part to mutate) of valid files: whole ones, and the pickle alone, which the CRC would shield."""
-    save(tmp_path / "m", *small, "open_clip")
-    tensors = {"a": np.ones((2, 3), np.float32), "b": np.ones((4,), np.float16)}
-    save_file(tensors, tmp_path / "b.safetensors")
-    module = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.LayerNorm(2))
-    torch.save(module.state_dict(), tmp_path / "c.pt")
-    yield (tmp_path / "b.safetensors").read_bytes()
-    yield (tmp_path / "c.pt").read_bytes()
-    yield (tmp_path / "m" / "open_clip_model.safetensors").read_bytes()[:4096]
+def test_ten_thousand_mutations(tmp_path):
+    """Whatever is changed in a file, reading it works or raises UserError; memory does not grow.
 
-
-def test_ten_thousand_mutations(small, tmp_path):
-    """Whatever is changed in a file, reading it works or raises UserError; memory does not grow."""
-    rng = np.random.default_rng(0)
-    seeds = list(_seeds(small, tmp_path))
-    with zipfile.ZipFile(io.BytesIO(seeds[1])) as archive:
-        root = archive.namelist()[0].partition("/")[0]
-        members = {name: archive.read(name) for name in archive.namelist()}
-    path, outcomes = tmp_path / "mutated", {"read": 0, "refused": 0}
+    Half of them change a pickle by itself, which in a file its CRC-32 shields.
+    """
+    rng, outcomes = np.random.default_rng(0), {"read": 0, "refused": 0}
+    save_file({"a": np.ones((2, 3), np.float32), "b": np.ones(4, np.float16)}, tmp_path / "safetensors")
+    files = [(tmp_path / "safetensors").read_bytes(), write_archive(tmp_path / "zip", tensor_pickle()).read_bytes()]
+    module = b"\x80\x02c__torch__.a\nB\n)\x81}" + tensor_pickle()[3:-2] + b"sb."
+    storage = np.zeros(4, np.float32)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    for round_ in range(10_000):
-        if round_ % 2:  # a valid archive around a mutated pickle
-            with zipfile.ZipFile(path, "w") as archive:
-                for name, content in members.items():
-                    archive.writestr(name, _mutated(content, rng) if name == f"{root}/data.pkl" else content)
-        else:
-            path.write_bytes(_mutated(seeds[round_ // 2 % len(seeds)], rng))
-        try:
-            tensors = read(path).tensors
-            assert sum(tensor.nbytes for tensor in tensors.values()) <= 2 * path.stat().st_size
-            outcomes["read"] += 1
-        except UserError:
-            outcomes["refused"] += 1
+    with (tmp_path / "mutated").open("wb", buffering=0) as file:
+        for round_ in range(10_000):
+            try:
+                if round_ % 2:
+                    unpickle(_mutated((tensor_pickle(), module)[round_ // 2 % 2], rng), lambda *_: storage)
+                else:
+                    file.seek(0)
+                    file.write(_mutated(files[round_ // 2 % 2], rng))
+                    file.truncate()
+                    read(file.name)
+                outcomes["read"] += 1
+            except UserError:
+                outcomes["refused"] += 1
     grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
-    assert min(outcomes.values()) > 100, outcomes
-    assert grown < 200 * 1024 * (1 if sys.platform == "linux" else 1024), f"{grown} KiB"
+    assert min(outcomes.values()) > 300, outcomes
+    assert grown < 100 * 1024, f"{grown} KiB"
 
 
 def test_mutated_archive_of_a_model(small, tmp_path):
@@ -362,7 +351,7 @@ def test_mutated_archive_of_a_model(small, tmp_path):
     file = tmp_path / "m" / "open_clip_model.safetensors"
     content, rng = file.read_bytes(), np.random.default_rng(1)
     length = int.from_bytes(content[:8], "little")
-    for _ in range(300):
+    for _ in range(200):
         mutated = _mutated(content[: 8 + length], rng) + content[8 + length :]
         file.write_bytes(mutated)
         try:
