@@ -28,9 +28,9 @@ def get_config() -> ConfigDict:
                     "mlp_width": 512,
                 },
                 "text": {
-                    "width": 96,
-                    "heads": 3,
-                    "mlp_width": 384,
+                    "width": 64,
+                    "heads": 2,
+                    "mlp_width": 256,
                     "layers": 2,
                     "context_length": 24,  # tokens, start and end included
                     "vocab_size": 49_408,
@@ -38,7 +38,7 @@ def get_config() -> ConfigDict:
             },
             "seed": 0,  # of the first weights and of the order of the data
             "batch_size": 128,  # over all devices
-            "total_steps": 800,
+            "total_steps": 1_200,
             "microbatches": 1,  # pieces in which a device encodes its share
             "dtype": "float32",  # of the computation
             "remat": "none",  # what the backward pass recomputes
@@ -48,7 +48,7 @@ def get_config() -> ConfigDict:
             "loss_tile": 128,  # rows of the similarity matrix in memory at a time
             "mesh": {"data": -1, "fsdp": 1, "tensor": 1, "rules": {}},  # devices along each axis; -1 takes all left
             "optimizer": {
-                "learning_rate": 1e-3,  # peak
+                "learning_rate": 2e-3,  # peak
                 "weight_decay": 0.1,  # decoupled; not on gains and biases
                 "b1": 0.9,  # decay of the first moment
                 "b2": 0.98,  # decay of the second moment
@@ -57,8 +57,8 @@ def get_config() -> ConfigDict:
                 "mu_dtype": "float32",  # of the first moment
             },
             "log_every": 10,  # steps
-            "eval_every": 400,  # steps
-            "checkpoint_every": 400,  # steps
+            "eval_every": 300,  # steps
+            "checkpoint_every": 300,  # steps
             "data": {"shapes": {"weight": 3.0}, "digits": {"weight": 1.0}},  # source -> its fields
             "data_dir": "",  # where prepared data sets are; empty means TFDS's own default
             "eval_datasets": ("shapes", "digits"),  # what evaluation measures

@@ -64,7 +64,7 @@ def test_captions_tell_the_truth_about_size_place_and_ground():
                 assert word == scene.row
             for word in names(("left", "right"), text):
                 assert word == scene.column
-            for word in names(("white", "gray", "black"), text):
+            for word in names(("black", "charcoal", "gray"), text):
                 assert word == scene.background
 
 
@@ -106,7 +106,7 @@ def test_the_picture_shows_what_its_scene_says(label):
 def test_the_data_set_holds_the_scenes_of_its_seed(data_dir):
     source = evaluation_set("shapes", data_dir).source
     prepared = {(example.image.tobytes(), example.captions) for example in map(source.__getitem__, range(32))}
-    scenes = [draw(2, index, shapes.HELD_OUT[index % 8]) for index in range(32)]
+    scenes = [draw(20_261_121, index, shapes.HELD_OUT[index % 8]) for index in range(32)]
     assert prepared == {(image.tobytes(), texts) for _, image, texts in scenes}
 
 
