@@ -175,6 +175,14 @@ def test_bfloat16_features(name, temperature):
     assert_close(actual, reference(name, images, texts, *scalars), bounds)
 
 
+@pytest.mark.parametrize(("dtype", "precision"), [("float32", "HIGHEST"), ("bfloat16", "DEFAULT")])
+def test_products_keep_the_precision_of_their_operands(dtype, precision):
+    """Invisible on the CPU, and decisive on TPUs, which round float32 operands to bfloat16 by default."""
+    a = jnp.ones((2, 2), dtype)
+    assert ring.product("ij,jk->ik", a, a).dtype == jnp.float32
+    assert f"Precision.{precision}" in str(jax.make_jaxpr(partial(ring.product, "ij,jk->ik"))(a, a))
+
+
 @pytest.mark.parametrize("name", ["softmax", "sigmoid"])
 def test_sharded_and_donated_features(name):
     """Gradients take the place of the features; a factor on the loss reaches every leaf."""
