@@ -87,7 +87,11 @@ class TextTransformer(nn.Module):
         """The sequence that enters the first block."""
         dtype = self.execution.compute_dtype
         positions = self.positional_embedding[: tokens.shape[1]]
-        return self.token_embedding.astype(dtype)[tokens] + positions.astype(dtype)[None]
+        # The table's columns are put together before rows are looked up: parts of rows, looked up for the whole batch
+        # on every device, would have to travel instead.
+        table = nn.with_logical_constraint(self.token_embedding.astype(dtype), ("vocab", "features"))
+        x = table[tokens] + positions.astype(dtype)[None]
+        return nn.with_logical_constraint(x, ("batch", "length", "features"))
 
     def project(self, pooled: Float[Array, "batch width"]) -> Float[Array, "batch embed_dim"]:
         """Into the space shared with images."""

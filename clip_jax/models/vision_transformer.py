@@ -66,7 +66,8 @@ class VisionTransformer(nn.Module):
         patches = patches.reshape(batch, -1, width)
         class_token = jnp.broadcast_to(self.class_embedding.astype(dtype), (batch, 1, width))
         x = jnp.concatenate([class_token, patches], axis=1)
-        return self.ln_pre(x + self.positional_embedding.astype(dtype)[None])
+        x = self.ln_pre(x + self.positional_embedding.astype(dtype)[None])
+        return nn.with_logical_constraint(x, ("batch", "length", "features"))
 
     def pool(self, x: Float[Array, "batch tokens width"]) -> Float[Array, "batch embed_dim"]:
         """The projected class token."""
