@@ -25,7 +25,7 @@ def paper(name: str, learning_rate: float) -> ConfigDict:
             "unroll": 1,  # Transformer blocks in one iteration of the layer loop
             "attention": "xla",  # or cudnn on NVIDIA GPUs
             "loss": "softmax",  # or sigmoid, with model.logit_bias
-            "loss_tile": 256,  # rows of the similarity matrix in memory at a time
+            "loss_tile": 1_024,  # rows of the similarity matrix in memory at a time
             "mesh": {
                 "data": -1,  # devices along the data axis; -1 takes all that are left
                 "fsdp": 1,  # devices that share one copy of parameters and moments

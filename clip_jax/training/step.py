@@ -37,7 +37,7 @@ class StepConfig:
     """
 
     loss: str = "softmax"
-    loss_tile: int = 256
+    loss_tile: int = 1024
     microbatches: int = 1
 
     def __post_init__(self):
