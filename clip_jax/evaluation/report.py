@@ -119,7 +119,7 @@ def _thumbnail(result: ZeroShotResult, index: int) -> Image.Image:
     return image.resize(size, Image.Resampling.NEAREST if scale > 1 else Image.Resampling.BICUBIC)
 
 
-def _loss_curve(losses: Sequence[tuple[float, float]]) -> Figure:
+def _loss_curve(losses: Sequence[tuple[int, float]]) -> Figure:
     figure = Figure(figsize=(9, 3), layout="constrained")
     axes = figure.subplots()
     axes.plot(*zip(*losses, strict=True), linewidth=1.2)
