@@ -85,7 +85,7 @@ class Plan:
     @property
     def settings(self) -> dict[str, Any]:
         """What decides memory and speed, under the names that the configuration gives it."""
-        mesh = {f"mesh.{axis}": size for axis, size in dataclasses.asdict(self.config.mesh).items()}
+        mesh = dict(zip(("mesh.data", "mesh.fsdp", "mesh.tensor"), self.config.mesh.resolve(self.devices), strict=True))
         execution = dataclasses.asdict(self.config.execution)
         return {"microbatches": self.config.step.microbatches, **execution, **mesh}
 
@@ -123,7 +123,7 @@ class Plan:
             "estimated_seconds_by_kind": cost and cost.seconds_by_kind(),
             "estimated_mfu": self.mfu,
             "estimated_examples_per_second": cost and config.batch_size / cost.seconds,
-            "collectives": cost and {kind: dataclasses.asdict(traffic) for kind, traffic in cost.collectives.items()},
+            "collectives": cost and {kind: traffic._asdict() for kind, traffic in cost.collectives.items()},
             "compile_seconds": self.compile_seconds,
         }
 
@@ -137,7 +137,7 @@ def use_compiler_only() -> None:
     if importlib.util.find_spec("libtpu") is None:
         raise UserError(f"--plan needs the TPU compiler, which is not installed; install it with: {INSTALL}")
     jax.config.update("jax_platforms", "cpu")
-    quiet = {"TPU_ACCELERATOR_TYPE": "none", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_MIN_LOG_LEVEL": "3"}
+    quiet = {"TPU_ACCELERATOR_TYPE": "v5litepod-1", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_MIN_LOG_LEVEL": "3"}
     os.environ.update({"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", **quiet})
 
 
@@ -166,10 +166,10 @@ def make_plan(config: RunConfig, topology: Topology) -> Plan:
     try:
         compiled = step.lower(state, batch).compile()
     except jax.errors.JaxRuntimeError as error:
-        needed = _bytes_needed(str(error))
         seconds = time.perf_counter() - start
-        _progress(f"the compiler gave up after {seconds:.0f} s: {needed / GIB:.2f} GiB a device needed")
         arguments = sum(_bytes_a_device(leaf) for leaf in jax.tree.leaves((state, batch)))
+        needed = bytes_needed(str(error), arguments)
+        _progress(f"the compiler gave up after {seconds:.0f} s: {needed / GIB:.2f} GiB a device needed")
         return Plan(config, topology, Memory(arguments, needed - arguments), None, seconds)
     seconds = time.perf_counter() - start
     _progress(f"compiled in {seconds:.0f} s")
@@ -183,12 +183,21 @@ def make_plan(config: RunConfig, topology: Topology) -> Plan:
     return Plan(config, topology, memory, estimate(compiled.as_text(), topology.device), seconds)
 
 
-def _bytes_needed(message: str) -> int:
-    """The bytes a device that the compiler asked for in vain."""
-    found = re.search(r"(?:Used |HLO temporaries \()([\d.]+)([KMGT])", message)
+def bytes_needed(message: str, arguments: int) -> int:
+    """The bytes a device that the compiler asked for in vain.
+
+    Args:
+      message: its error; some name the total, others the temporaries alone.
+      arguments: bytes of the step's arguments.
+
+    Raises:
+      RuntimeError: the error is another one.
+    """
+    found = re.search(r"(Used|HLO temporaries) \(?([\d.]+)([KMGT])", message)
     if "RESOURCE_EXHAUSTED" not in message or not found:
         raise RuntimeError(message)
-    return int(float(found[1]) * 2 ** {"K": 10, "M": 20, "G": 30, "T": 40}[found[2]])
+    needed = int(float(found[2]) * 2 ** {"K": 10, "M": 20, "G": 30, "T": 40}[found[3]])
+    return needed if found[1] == "Used" else needed + arguments
 
 
 def _bytes_a_device(leaf: jax.ShapeDtypeStruct) -> int:

@@ -10,13 +10,16 @@ only rename memory.
 
 import re
 from collections import Counter, defaultdict
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from typing import NamedTuple
 
 from clip_jax.training.hlo import Op, Program, parse, shape_bytes
 from clip_jax.training.topologies import Device
 
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute", "collective-broadcast")
-HOP_SECONDS = 1e-6  # assumed for the first byte of a collective to arrive
+# Assumed until the first byte arrives: from a chip of the slice, and from a host of another one.
+HOP_SECONDS = 1e-6
+SLICE_SECONDS = 5e-5
 _RENAMES = ("parameter", "constant", "get-tuple-element", "tuple", "bitcast", "after-all", "partition-id", "replica-id")
 _RENAMING_CALLS = (
     "AllocateBuffer",
@@ -27,12 +30,11 @@ _RENAMING_CALLS = (
 )
 
 
-@dataclass
-class Traffic:
+class Traffic(NamedTuple):
     """How often a kind of collective runs in one execution, and the bytes of its results on one device."""
 
-    count: int = 0
-    bytes: int = 0
+    count: int
+    bytes: int
 
 
 @dataclass
@@ -46,7 +48,8 @@ class CostEstimate:
       bounded_seconds: of operations without one, by a bound; what they are is in `bounded`.
       collective_seconds: of collectives, as far as nothing else runs meanwhile.
       copy_seconds: of waiting for copies between memories on the chip.
-      collectives: kind -> its traffic.
+      collective_counts: kind -> how often it runs. `send` and `recv` are the transfers between slices.
+      collective_bytes: kind -> bytes of its results.
       bounded: operation (or custom call's target) -> seconds.
       cycles_by_scope: where in the Python program the cycles are spent.
       unknown_loops: loops whose trip count the program does not say; they count once.
@@ -57,10 +60,16 @@ class CostEstimate:
     bounded_seconds: float = 0.0
     collective_seconds: float = 0.0
     copy_seconds: float = 0.0
-    collectives: dict[str, Traffic] = field(default_factory=lambda: defaultdict(Traffic))
+    collective_counts: Counter = field(default_factory=Counter)
+    collective_bytes: Counter = field(default_factory=Counter)
     bounded: Counter = field(default_factory=Counter)
     cycles_by_scope: Counter = field(default_factory=Counter)
     unknown_loops: int = 0
+
+    @property
+    def collectives(self) -> dict[str, Traffic]:
+        """Kind of collective -> its traffic."""
+        return {kind: Traffic(count, self.collective_bytes[kind]) for kind, count in self.collective_counts.items()}
 
     @property
     def seconds(self) -> float:
@@ -75,6 +84,15 @@ class CostEstimate:
             "collectives": self.collective_seconds,
             "copies": self.copy_seconds,
         }
+
+    def add(self, other: "CostEstimate") -> None:
+        """Adds the cost of something that runs after or before it."""
+        for part in fields(self):
+            mine, theirs = getattr(self, part.name), getattr(other, part.name)
+            if isinstance(mine, Counter):
+                mine.update(theirs)
+            else:
+                setattr(self, part.name, mine + theirs)
 
     def mfu(self, flops: float, device: Device) -> float:
         """Model FLOPs utilisation, of `flops` a device and execution."""
@@ -108,7 +126,7 @@ class _Schedule:
             if op.opcode == "while":
                 now += self._loop(op, computation, times)
             elif op.opcode in ("call", "conditional"):
-                now += max(self.run(name, times) for name in _callees(op))
+                now += self._branch(op, times)
             elif step == "start":
                 carrier, seconds = self._transfer(op, computation, times)
                 busy_until[carrier] = max(now, busy_until[carrier]) + seconds
@@ -131,6 +149,14 @@ class _Schedule:
             self.cost.unknown_loops += 1
             trips = 1
         return trips * self.run(op.attribute("body"), times * trips) if trips else 0.0
+
+    def _branch(self, op: Op, times: int) -> float:
+        """Of several branches, the slowest counts."""
+        costs = {name: CostEstimate() for name in _callees(op)}
+        seconds = {name: _Schedule(self.program, self.device, cost).run(name, times) for name, cost in costs.items()}
+        slowest = max(seconds, key=seconds.get)
+        self.cost.add(costs[slowest])
+        return seconds[slowest]
 
     def _execute(self, op: Op, computation: str, times: int) -> float:
         """Accounts an operation that nothing overlaps with; returns its seconds."""
@@ -156,6 +182,9 @@ class _Schedule:
         """What carries an asynchronous transfer, and for how long."""
         if fused := _fused_collective(op, self.program):
             return "network", self._collective(fused, fused.opcode, shape_bytes(fused.shape), times)
+        if op.opcode in ("send", "recv"):
+            payload = shape_bytes(op.shape[: op.shape.rindex("u32[]")])
+            return op.opcode, self._collective(op, op.opcode, payload, times)
         kind, moved = op.opcode.removesuffix("-start"), self.program.transferred_bytes(op, computation)
         if kind in COLLECTIVES:
             return "network", self._collective(op, kind, moved, times)
@@ -163,9 +192,10 @@ class _Schedule:
 
     def _collective(self, op: Op, kind: str, result_bytes: int, times: int) -> float:
         """Accounts a collective's traffic; returns a lower bound of its seconds."""
-        traffic = self.cost.collectives[kind]
-        traffic.count += times
-        traffic.bytes += times * result_bytes
+        self.cost.collective_counts[kind] += times
+        self.cost.collective_bytes[kind] += times * result_bytes
+        if kind in ("send", "recv"):
+            return SLICE_SECONDS + result_bytes / self.device.dcn_bandwidth
         members = group_size(op)
         if kind == "collective-permute":
             return HOP_SECONDS + result_bytes * self.device.ici_links / self.device.ici_bandwidth
@@ -201,15 +231,16 @@ def group_size(op: Op) -> int:
 
 
 def _callees(op: Op) -> list[str]:
-    found = re.search(r"(?:to_apply|branch_computations|true_computation)=\{?([^}]*?)\}?(?:, \w+=|$)", op.attributes)
-    return re.findall(r"%([\w.-]+)", found[1])
+    found = re.search(r"(?:to_apply|branch_computations)=\{?([^}=]*)", op.attributes)
+    both = re.findall(r"(?:true|false)_computation=%([\w.-]+)", op.attributes)
+    return re.findall(r"%([\w.-]+)", found[1]) if found else both
 
 
 def _phase(op: Op, program: Program) -> tuple[str, str]:
     """Whether an operation starts or finishes a transfer that goes on meanwhile, and the transfer's name."""
     if op.name.startswith("async-collective-") and (fused := _fused_collective(op, program)):
         return op.name.split("-")[2].partition(".")[0], fused.attribute("channel_id")
-    if op.opcode.endswith("-start"):
+    if op.opcode.endswith("-start") or op.opcode in ("send", "recv"):
         return "start", op.name
     if op.opcode.endswith("-done"):
         return "done", op.operands[0]

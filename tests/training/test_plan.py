@@ -1,0 +1,151 @@
+"""The planner without the TPU compiler: what it says and tries, on 8 virtual CPU devices in a slice's place."""
+
+import dataclasses
+import importlib.util
+import json
+
+import jax
+import pytest
+
+from clip_jax.cli import load_config, override
+from clip_jax.errors import UserError
+from clip_jax.training import ahead_of_time, plan
+from clip_jax.training.ahead_of_time import Memory, Plan, bytes_needed, make_plan
+from clip_jax.training.config import RunConfig
+from clip_jax.training.hlo_cost import CostEstimate
+from clip_jax.training.topologies import GIB, parse_topology
+
+SLICE = parse_topology("v5e-8")
+ROOM = SLICE.device.hbm_limit
+COST = CostEstimate(cycles=3_000_000_000, compute_seconds=2.0, collective_seconds=0.5)
+COST.collective_counts["all-reduce"] += 3
+COST.collective_bytes["all-reduce"] += 2 * GIB
+# What INTERFACE.md promises of --plan_output.
+KEYS = {
+    *("topology", "chips", "global_batch", "model", "parameters", "fits", "flops_per_example", "compile_seconds"),
+    *("hbm_bytes_limit", "hbm_bytes_peak", "hbm_bytes_arguments", "hbm_bytes_temporaries", "collectives"),
+    *("estimated_step_seconds", "estimated_mfu", "estimated_examples_per_second"),
+}
+
+
+def config_of(**overrides) -> RunConfig:
+    values = override(load_config("demo"), [(field, str(value)) for field, value in overrides.items()])
+    return RunConfig.from_dict(values.to_dict())
+
+
+CONFIG = config_of(**{"total_steps": 1000})
+FITS = Plan(CONFIG, SLICE, Memory(10 * GIB, 2 * GIB, 4 * GIB, 3 * GIB), COST, 1.0)
+TOO_LARGE = Plan(CONFIG, SLICE, Memory(GIB, 40 * GIB), None, 1.0)
+
+
+@pytest.fixture
+def virtual_slice(monkeypatch):
+    """CPU devices, and their compiler, where a TPU slice was asked for."""
+    devices = type("Topology", (), {"devices": jax.devices()[:8]})
+    monkeypatch.setattr(ahead_of_time.topologies, "get_topology_desc", lambda **_: devices)
+
+
+def test_memory_of_the_very_step(virtual_slice):
+    made = make_plan(config_of(batch_size=64, remat="full", unroll=1), SLICE)
+    smaller = make_plan(config_of(batch_size=64, remat="full", unroll=1, **{"mesh.data": 1, "mesh.fsdp": 8}), SLICE)
+    state = 3 * 4 * ahead_of_time.parameter_count(CONFIG.model)  # parameters and two moments
+    batch = 64 // 8 * (32 * 32 * 3 + 24 * 4)
+    assert made.memory.arguments == pytest.approx(state + batch, rel=1e-3)
+    assert made.memory.aliased == pytest.approx(state, rel=1e-3)  # the old state's memory is used again
+    assert made.memory.peak < 2 * state + made.memory.temporaries
+    assert smaller.memory.arguments < made.memory.arguments / 6
+    assert made.cost.collectives["collective-permute"].count > 0
+    assert "all-gather" in smaller.cost.collectives
+
+
+def test_too_large_a_step_is_described_without_a_program(virtual_slice, monkeypatch):
+    class TooLarge:
+        def lower(self, *_):
+            return self
+
+        def compile(self):
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: ... Used 27.50G of 15.75G hbm. Exceeded by 11.75G.")
+
+    monkeypatch.setattr(ahead_of_time, "make_train_step", lambda *_: TooLarge())
+    made = make_plan(CONFIG, SLICE)
+    state = 3 * 4 * ahead_of_time.parameter_count(CONFIG.model)
+    assert made.memory.peak == int(27.5 * GIB)
+    assert made.memory.arguments == pytest.approx(state, rel=0.01)
+    assert not made.fits
+    assert made.to_dict()["estimated_mfu"] is None
+
+
+def test_batches_that_do_not_divide_are_the_users_mistake(virtual_slice):
+    with pytest.raises(UserError, match="batch_size must be a multiple of 8"):
+        make_plan(config_of(batch_size=60), SLICE)
+
+
+def test_bytes_in_the_compilers_messages():
+    temporaries = "RESOURCE_EXHAUSTED: the total memory required for HLO temporaries (24.06G) exceeds available HBM"
+    assert bytes_needed("RESOURCE_EXHAUSTED: Used 512.00M of 15.75G hbm", 7) == 2**29
+    assert bytes_needed(temporaries, 7) == int(24.06 * GIB) + 7
+    with pytest.raises(RuntimeError, match="INTERNAL: no"):
+        bytes_needed("INTERNAL: no", 7)
+
+
+def test_output_has_the_promised_keys_and_consistent_numbers():
+    values = json.loads(json.dumps(FITS.to_dict(), allow_nan=False))
+    assert set(values) >= KEYS
+    assert values["hbm_bytes_peak"] == 13 * GIB
+    assert values["estimated_step_seconds"] == 2.5
+    assert values["estimated_examples_per_second"] == CONFIG.batch_size / 2.5
+    achieved = values["flops_per_example"] * CONFIG.batch_size / 2.5
+    assert values["estimated_mfu"] == pytest.approx(achieved / (8 * 197e12))
+    assert values["collectives"] == {"all-reduce": {"count": 3, "bytes": 2 * GIB}}
+    assert values["settings"]["mesh.data"] == 8
+    assert set(values) == set(TOO_LARGE.to_dict())
+
+
+def test_changes_go_from_the_cheapest_and_leave_out_what_cannot_suffice():
+    tried = [(c.execution.remat, c.mesh.fsdp, c.step.microbatches) for c in plan.changes(TOO_LARGE)]
+    # 40 GiB of temporaries cannot come down to 15.75 by halving them; 128 examples on 8 devices are 16 pieces at most.
+    assert tried == [("full", 1, 1), ("full", 8, 1), ("full", 8, 4), ("full", 8, 8), ("full", 8, 16)]
+
+
+def test_the_printed_plan_tells_facts_from_estimates():
+    text = plan.describe(FITS)
+    for words in ("the compiler's fact", "an estimate", "13.00 GiB of 15.75: fits, 2.75 GiB to spare", "all-reduce"):
+        assert words in text
+    assert "does not fit: 25.25 GiB too much" in plan.describe(TOO_LARGE)
+
+
+@pytest.fixture
+def compiler(monkeypatch):
+    """Stands for the compiler: only full rematerialisation with fsdp fits."""
+    tried = []
+
+    def compile_plan(config, topology):
+        tried.append(config)
+        good = config.execution.remat == "full" and config.mesh.fsdp > 1
+        memory = Memory(GIB, GIB) if good else Memory(GIB, ROOM)
+        return Plan(config, topology, memory, COST if good else None, 1.0)
+
+    monkeypatch.setattr(plan, "make_plan", compile_plan)
+    monkeypatch.setattr(plan, "use_compiler_only", lambda: None)
+    return tried
+
+
+def test_names_the_first_change_that_fits(compiler, capsys, tmp_path):
+    plan.main_plan(CONFIG, "v5e-8", str(tmp_path / "plan.json"))
+    assert len(compiler) == 3
+    changes = "--config.remat=full --config.mesh.data=1 --config.mesh.fsdp=8"
+    assert f"It fits with {changes}:" in capsys.readouterr().out
+    written = json.loads((tmp_path / "plan.json").read_text())
+    assert not written["fits"] and written["alternative"]["fits"]
+
+
+def test_says_so_when_nothing_fits(compiler, capsys):
+    config = dataclasses.replace(CONFIG, mesh=dataclasses.replace(CONFIG.mesh, data=1, tensor=8), batch_size=3)
+    plan.main_plan(config, "v5e-8")
+    assert "take more chips or a smaller batch" in capsys.readouterr().out
+
+
+def test_a_missing_compiler_names_the_install_line(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"pip install -r requirements-tpu\.txt"):
+        plan.main_plan(CONFIG, "v5e-8")
