@@ -101,7 +101,7 @@ def _samples(result: ZeroShotResult) -> str:
     return f'<div class="samples">{"".join(figures)}</div>'
 
 
-def _caption(result: ZeroShotResult, label: int) -> str:
+def _caption(result: ZeroShotResult, label: int | np.integer) -> str:
     return result.templates[0].format(result.dataset.class_names[label])
 
 

@@ -93,7 +93,9 @@ def test_the_report_is_one_file_without_outside_references(tmp_path):
 
     page = Page()
     page.feed(path.read_text())
-    assert len(page.sources) == 10 + 3  # samples, loss curve, similarity, confusion
+    wrong = int((result.scores.argmax(axis=1) != result.labels).sum())
+    samples = min(wrong, 4) + 10 - wrong  # a third of the twelve places at most are for mistakes
+    assert len(page.sources) == samples + 3  # and loss curve, similarity, confusion
     assert all(source.startswith("data:image/png;base64,") for source in page.sources)
     text = " ".join(page.text)
     assert "A <title>" in text and "dog & <bone>" in text

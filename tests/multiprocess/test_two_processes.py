@@ -1,0 +1,64 @@
+"""Two processes of four devices learn what one process of eight learns."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from clip_jax.training.metrics import read_metrics
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+def start(coordinator, processes, index, workdir):
+    arguments = map(str, (coordinator, processes, index, workdir))
+    command = [sys.executable, "-m", "tests.multiprocess.worker", *arguments]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.Popen(
+        [str(part) for part in command], cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True
+    )
+
+
+def finish(*processes):
+    for process in processes:
+        _, errors = process.communicate(timeout=400)
+        assert process.returncode == 0, errors[-3000:]
+
+
+def free_port():
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return sock.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def workdirs(tmp_path_factory):
+    alone, together = tmp_path_factory.mktemp("alone"), tmp_path_factory.mktemp("together")
+    finish(start("none", 1, 0, alone))
+    coordinator = f"127.0.0.1:{free_port()}"
+    finish(*(start(coordinator, 2, index, together) for index in range(2)))
+    return alone, together
+
+
+def test_two_processes_learn_the_same_as_one(workdirs):
+    alone, together = (read_metrics(workdir) for workdir in workdirs)
+    assert [line["step"] for line in together] == [line["step"] for line in alone]
+    for ours, theirs in zip(together, alone, strict=True):
+        for key in ("loss", "logit_scale", "grad_norm", "eval/digits/acc1"):
+            assert (key in ours) == (key in theirs)
+            if key in ours:
+                np.testing.assert_allclose(ours[key], theirs[key], rtol=2e-5)
+
+
+def test_only_one_process_writes_logs(workdirs):
+    assert len(list(workdirs[1].glob("events.out.tfevents*"))) == 1
+    assert len(read_metrics(workdirs[1])) == len(read_metrics(workdirs[0]))
+
+
+def test_a_run_of_two_processes_is_continued_by_one(workdirs):
+    """The checkpoint that two processes wrote is restored on other hosts: one process, nothing left to train."""
+    finish(start("none", 1, 0, workdirs[1]))

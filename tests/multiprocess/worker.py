@@ -1,0 +1,29 @@
+"""One process of a run: `python worker.py COORDINATOR PROCESSES INDEX WORKDIR`; alone if PROCESSES is 1."""
+
+import sys
+
+import jax
+
+from clip_jax.training.distributed import initialize
+from clip_jax.training.run import run
+from tests.training.test_run import values
+
+DEVICES = 8
+
+
+def main(coordinator: str, processes: int, index: int, workdir: str) -> None:
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_num_cpu_devices", DEVICES // processes)
+    if processes > 1:
+        initialize(coordinator, processes, index)
+    run(values(mesh={"data": 4, "fsdp": 2, "tensor": 1, "rules": {}}), workdir, zero_shot)
+
+
+def zero_shot(config, model, mesh):
+    from train import zero_shot_evaluation
+
+    return zero_shot_evaluation(config, model, mesh)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4])
