@@ -137,6 +137,7 @@ def use_compiler_only() -> None:
     if importlib.util.find_spec("libtpu") is None:
         raise UserError(f"--plan needs the TPU compiler, which is not installed; install it with: {INSTALL}")
     jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_enable_compilation_cache", False)  # a program for another machine cannot be read back
     quiet = {"TPU_ACCELERATOR_TYPE": "v5litepod-1", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_MIN_LOG_LEVEL": "3"}
     os.environ.update({"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", **quiet})
 

@@ -4,7 +4,6 @@ does not fit.
 
 import dataclasses
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 from clip_jax.training.ahead_of_time import Plan, make_plan, use_compiler_only
@@ -37,36 +36,34 @@ def main_plan(config: RunConfig, topology_name: str, output: str | None = None) 
 
 
 def first_that_fits(plan: Plan) -> Plan | None:
-    """The first of the changed configurations that fits, or None."""
-    for config in changes(plan):
-        changed = make_plan(config, plan.topology)
-        if changed.fits:
-            return changed
+    """Changes a plan that does not fit, step by step, and compiles every step; None if nothing is left to change."""
+    while config := next_change(plan):
+        plan = make_plan(config, plan.topology)
+        if plan.fits:
+            return plan
     return None
 
 
-def changes(plan: Plan) -> Iterator[RunConfig]:
-    """Configurations that need less memory, the cheapest in speed first: rematerialisation, fsdp, micro-batches.
+def next_change(plan: Plan) -> RunConfig | None:
+    """What to try where a plan does not fit, the cheapest in speed first: rematerialisation, fsdp, micro-batches.
 
-    Micro-batches shrink the temporaries at most in proportion, so the numbers that cannot suffice are left out.
+    What cannot suffice is left out: fsdp splits the state and its gradients but no activations, and micro-batches
+    shrink the temporaries in proportion at most.
     """
-    config, topology = plan.config, plan.topology
-    if config.execution.remat != "full":
-        config = dataclasses.replace(config, execution=dataclasses.replace(config.execution, remat="full"))
-        yield config
-    if config.mesh.fsdp == 1:
-        data = config.mesh.resolve(plan.devices)[0]
-        mesh = dataclasses.replace(config.mesh, data=topology.slices, fsdp=data // topology.slices)
-        config = dataclasses.replace(config, mesh=mesh)
-        yield config
+    config, memory, limit = plan.config, plan.memory, plan.topology.device.hbm_limit
     data, fsdp, _ = config.mesh.resolve(plan.devices)
-    local_batch = config.batch_size // (data * fsdp)
-    least = plan.memory.temporaries / plan.topology.device.hbm_limit * config.step.microbatches
-    microbatches = config.step.microbatches * 2
-    while local_batch % microbatches == 0:
-        if microbatches >= least:
-            yield dataclasses.replace(config, step=dataclasses.replace(config.step, microbatches=microbatches))
-        microbatches *= 2
+    slices, microbatches = plan.topology.slices, config.step.microbatches
+    if config.execution.remat != "full":
+        return dataclasses.replace(config, execution=dataclasses.replace(config.execution, remat="full"))
+    if fsdp == 1 and data > slices and memory.temporaries - memory.arguments < limit:
+        mesh = dataclasses.replace(config.mesh, data=slices, fsdp=data // slices)
+        return dataclasses.replace(config, mesh=mesh)
+    pieces = 2 * microbatches
+    while pieces < microbatches * memory.temporaries / limit:
+        pieces *= 2
+    if config.batch_size // (data * fsdp) % pieces == 0:
+        return dataclasses.replace(config, step=dataclasses.replace(config.step, microbatches=pieces))
+    return None
 
 
 def describe(plan: Plan) -> str:
@@ -96,6 +93,9 @@ def _describe_cost(plan: Plan) -> list[str]:
         f"  {kind:28} {traffic.count:6,} times {traffic.bytes / GIB:8.3f} GiB"
         for kind, traffic in sorted(cost.collectives.items())
     ]
+    unknown = (
+        [f"  {cost.unknown_loops} loops have no known trip count and are counted once"] if cost.unknown_loops else []
+    )
     parts = [f"  {kind:34} {seconds:9.4f} s" for kind, seconds in cost.seconds_by_kind().items()]
     return [
         f"Collectives in a step, results on one {unit} (the compiler's fact)",
@@ -104,6 +104,7 @@ def _describe_cost(plan: Plan) -> list[str]:
         f"Time of a step (an estimate: the compiler's cycles x trip counts at {device.clock_hz / 1e9:g} GHz;",
         "what has no cycles by bytes over bandwidth, a lower bound, as far as nothing else runs meanwhile)",
         *parts,
+        *([unknown] if cost.unknown_loops else []),
         f"  {'step':34} {cost.seconds:9.4f} s",
         f"  {plan.config.batch_size / cost.seconds:,.0f} examples/s, {100 * plan.mfu:.1f}% MFU "
         f"({plan.flops_per_example / 1e9:,.1f} GFLOP an example, peak {device.peak_flops / 1e12:g} TFLOP/s a {unit})",

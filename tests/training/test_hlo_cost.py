@@ -85,6 +85,32 @@ backend_config={"window_config":{"estimated_cycles":"1500"}}
 """
 
 
+# Two slices: what leaves one goes through its host, and each slice takes its own branch.
+SLICES = """\
+%near (n: f32[8,128]) -> f32[8,128] {
+  %n = f32[8,128]{1,0} parameter(0)
+  ROOT %c.1 = f32[8,128]{1,0} copy(%n), backend_config={"window_config":{"estimated_cycles":"10"}}
+}
+
+%far (f: f32[8,128]) -> f32[8,128] {
+  %f = f32[8,128]{1,0} parameter(0)
+  ROOT %c.2 = f32[8,128]{1,0} copy(%f), backend_config={"window_config":{"estimated_cycles":"3000"}}
+}
+
+ENTRY %main (a: f32[8,128], which: s32[]) -> f32[8,128] {
+  %a = f32[8,128]{1,0} parameter(0)
+  %which = s32[] parameter(1)
+  %token = token[] after-all()
+  %send.1 = (f32[8,128]{1,0:T(8,128)}, u32[], token[]) send(%a, %token), channel_id=2, is_host_transfer=true
+  %recv.1 = (f32[8,128]{1,0:T(8,128)}, u32[], token[]) recv(%token), channel_id=1, is_host_transfer=true
+  %moved = f32[8,128]{1,0} conditional(%which, %a, %a), branch_computations={%near, %far}
+  %send-done.1 = token[] send-done(%send.1), channel_id=2
+  %recv-done.1 = (f32[8,128]{1,0:T(8,128)}, token[]) recv-done(%recv.1), channel_id=1
+  ROOT %out = f32[8,128]{1,0} get-tuple-element(%recv-done.1), index=0
+}
+"""
+
+
 @pytest.fixture(scope="module")
 def cost():
     return estimate(PROGRAM, DEVICE)
@@ -118,6 +144,13 @@ def test_collectives_inside_fusions():
     bandwidth_seconds = 3 * 1024 / 1e9
     assert cost.collective_seconds == pytest.approx(2 * (1e-6 + bandwidth_seconds) - 1.5e-6)
     assert cost.bounded_seconds == 0
+
+
+def test_between_slices_the_host_network_carries_and_the_slower_branch_counts():
+    cost = estimate(SLICES, DEVICE)
+    assert cost.collectives == {"send": (1, 4096), "recv": (1, 4096)}
+    assert cost.cycles == 3000
+    assert cost.collective_seconds == pytest.approx(5e-5 + 4096 / 1e8 - 3e-6)  # both directions at once
 
 
 def test_what_has_no_estimate_is_not_free(cost):
