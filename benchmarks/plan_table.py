@@ -1,25 +1,23 @@
 """What the nine models need on TPU slices, by the planner.
 
-    python benchmarks/plan_table.py [--again] [JOB ...]
+    python -m benchmarks.plan_table [--again] [JOB ...]
 
-Compiles the train step of every job below (a minute or more each) and writes benchmarks/results/plan.md. A job's plan
-is kept in benchmarks/results/plans/ and not made again, unless with --again. No accelerator is needed.
+Compiles the train step of every job below (a minute or more each) and writes the table in docs/pods.md. A job's plan is
+kept in benchmarks/results/plans/ and not made again, unless with --again. No accelerator is needed.
 """
 
 import argparse
 import json
-import os
 from importlib import metadata
 from pathlib import Path
-
-os.environ["JAX_PLATFORMS"] = "cpu"
 
 from clip_jax.cli import load_config, override
 from clip_jax.training.ahead_of_time import make_plan, use_compiler_only
 from clip_jax.training.config import RunConfig
 from clip_jax.training.topologies import GIB, parse_topology
 
-RESULTS = Path(__file__).parent / "results"
+PLANS = Path(__file__).parent / "results" / "plans"
+PAGE = Path(__file__).parent.parent / "docs" / "pods.md"
 MODELS = ("vit_b32", "rn50", "vit_b16", "rn101", "vit_l14", "rn50x4", "vit_l14_336", "rn50x16", "rn50x64")
 # Name of a job -> config, topology, overrides.
 JOBS = {
@@ -30,6 +28,12 @@ JOBS = {
     "vit_b32_tpu7x-256": ("vit_b32", "tpu7x-256", {}),
     "vit_b32_2xv5e-256": ("vit_b32", "2xv5e-256", {}),
 }
+START, END = "<!-- plans -->", "<!-- end of plans -->"
+HEAD = (
+    "| model | topology | batch | settings | state and batch, GiB | temporaries, GiB | peak, GiB | of | "
+    "collectives, GiB | step, s | examples/s | MFU | compiled in, s |"
+)
+RULE = "|---|---|---:|---|" + "---:|" * 9
 
 
 def main() -> None:
@@ -39,9 +43,9 @@ def main() -> None:
     parser.add_argument("--again", action="store_true", help="compile even where there is a plan")
     flags = parser.parse_args()
     use_compiler_only()
-    (RESULTS / "plans").mkdir(parents=True, exist_ok=True)
+    PLANS.mkdir(parents=True, exist_ok=True)
     for name in flags.jobs or JOBS:
-        file = RESULTS / "plans" / f"{name}.json"
+        file = PLANS / f"{name}.json"
         if flags.again or not file.exists():
             config, topology, overrides = JOBS[name]
             values = override(load_config(config), [(field, str(value)) for field, value in overrides.items()])
@@ -51,20 +55,14 @@ def main() -> None:
 
 
 def write_table() -> None:
-    """benchmarks/results/plan.md, from the plans that exist."""
-    files = [RESULTS / "plans" / f"{name}.json" for name in JOBS]
-    plans = [json.loads(file.read_text()) for file in files if file.exists()]
+    """Between the marks in docs/pods.md, from the plans that exist."""
+    files = [PLANS / f"{name}.json" for name in JOBS]
+    rows = [row(json.loads(file.read_text())) for file in files if file.exists()]
     versions = ", ".join(f"{package} {metadata.version(package)}" for package in ("jax", "libtpu"))
-    text = f"""# Plans
-
-`python benchmarks/plan_table.py`: {versions}. Memory and collectives of one device (a chip; on v3 and
-tpu7x a core) are the compiler's; seconds, examples and MFU are estimates (clip_jax/training/hlo_cost.py).
-
-| model | topology | batch | settings | state and batch, GiB | temporaries, GiB | peak, GiB | of | collectives, GiB | \
-step, s | examples/s | MFU | compiled in, s |
-|---|---|---:|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|
-"""
-    (RESULTS / "plan.md").write_text(text + "".join(f"{row(plan)}\n" for plan in plans))
+    heading = f"With {versions}; a device is a chip, on v3 and tpu7x a core."
+    before, _, rest = PAGE.read_text().partition(START)
+    after = rest.partition(END)[2]
+    PAGE.write_text(before + "\n".join([START, heading, "", HEAD, RULE, *rows, "", END]) + after)
 
 
 def row(plan: dict) -> str:
