@@ -15,10 +15,6 @@ from PIL import Image
 
 from clip_jax.errors import UserError
 
-# The means and standard deviations of OpenAI's training images, per channel, of values in [0, 1].
-OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
-OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
-
 # Pillow's own limit for images that are surely not a decompression bomb: 256 MiB as RGB.
 MAX_PIXELS = 2**28 // 3
 
@@ -37,8 +33,8 @@ class Preprocess:
     """
 
     image_resolution: int
-    mean: tuple[float, float, float] = OPENAI_MEAN
-    std: tuple[float, float, float] = OPENAI_STD
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
 
     def __call__(self, image: Image.Image) -> Float32[np.ndarray, "resolution resolution 3"]:
         """Returns the input of the image tower for one image."""

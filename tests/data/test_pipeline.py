@@ -11,6 +11,7 @@ from clip_jax.data.example import Example
 from clip_jax.data.pipeline import evaluation_batches, train_batches
 from clip_jax.data.preprocess import Preprocess
 from clip_jax.errors import UserError
+from clip_jax.models.config import OPENAI_IMAGE_MEAN, OPENAI_IMAGE_STD
 from clip_jax.tokenizer import decode, tokenize
 
 
@@ -181,19 +182,23 @@ def test_reading_ahead_is_bounded_and_closing_ends_the_threads():
 
 
 def test_evaluation_batches_hold_each_example_once_in_order():
-    batches = list(evaluation_batches(Numbered("apple", 50), 12, Preprocess(8)))
+    batches = list(evaluation_batches(Numbered("apple", 50), 12, Preprocess(8, OPENAI_IMAGE_MEAN, OPENAI_IMAGE_STD)))
     assert [batch["image"].shape for batch in batches] == [(12, 8, 8, 3)] * 5
     joined = {key: np.concatenate([batch[key] for batch in batches]) for key in batches[0]}
     np.testing.assert_array_equal(joined["mask"], np.arange(60) < 50)
     np.testing.assert_array_equal(joined["image"][:50, 0, 0, 0], np.arange(50))
     np.testing.assert_array_equal(joined["label"], np.r_[np.arange(50) % 5, [-1] * 10])
-    centre = Preprocess(8).resize_and_crop(Numbered("apple", 50)[3].image)
+    centre = Preprocess(8, OPENAI_IMAGE_MEAN, OPENAI_IMAGE_STD).resize_and_crop(Numbered("apple", 50)[3].image)
     np.testing.assert_array_equal(joined["image"][3], centre)
 
 
 def test_evaluation_errors_are_named():
     with pytest.raises(UserError, match="apple, example 7: cannot read it"):
-        list(evaluation_batches(Numbered("apple", 50, broken=7, error=OSError), 12, Preprocess(8)))
+        list(
+            evaluation_batches(
+                Numbered("apple", 50, broken=7, error=OSError), 12, Preprocess(8, OPENAI_IMAGE_MEAN, OPENAI_IMAGE_STD)
+            )
+        )
 
 
 def test_digits_through_the_whole_pipeline():

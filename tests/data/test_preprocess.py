@@ -12,6 +12,7 @@ from PIL import Image
 
 from clip_jax.data.preprocess import FORMATS, MAX_PIXELS, Preprocess, open_image, random_square_crop
 from clip_jax.errors import UserError
+from clip_jax.models.config import OPENAI_IMAGE_MEAN, OPENAI_IMAGE_STD
 
 
 def torchvision_pixels(image: Image.Image, n: int) -> Image.Image:
@@ -57,7 +58,7 @@ def saved(image: Image.Image, file_format: str, **options) -> bytes:
 
 
 def assert_equals_torchvision(image: Image.Image, resolution: int) -> None:
-    preprocess = Preprocess(resolution)
+    preprocess = Preprocess(resolution, OPENAI_IMAGE_MEAN, OPENAI_IMAGE_STD)
     expected = np.asarray(torchvision_pixels(image, resolution))
     pixels = preprocess.resize_and_crop(image)
     assert pixels.shape == (resolution, resolution, 3)
@@ -105,14 +106,15 @@ def test_exif_orientation_is_not_applied(tmp_path):
     assert image.size == (60, 40)
     with Image.open(path) as plain:
         np.testing.assert_array_equal(
-            Preprocess(32).resize_and_crop(image), np.asarray(torchvision_pixels(plain, 32))
+            Preprocess(32, OPENAI_IMAGE_MEAN, OPENAI_IMAGE_STD).resize_and_crop(image),
+            np.asarray(torchvision_pixels(plain, 32)),
         )
 
 
 def test_normalize_equals_torchvision_on_every_value_for_any_rank_and_under_jit():
     images = np.repeat(np.arange(256, dtype=np.uint8).reshape(2, 16, 8, 1), 3, axis=-1)
     expected = np.stack([torchvision_tensor(image) for image in images])
-    normalize = Preprocess(8).normalize
+    normalize = Preprocess(8, OPENAI_IMAGE_MEAN, OPENAI_IMAGE_STD).normalize
     assert isinstance(normalize(images), np.ndarray)
     np.testing.assert_array_equal(normalize(images), expected)
     np.testing.assert_array_equal(normalize(images[0, 0, 0]), expected[0, 0, 0])
@@ -131,9 +133,7 @@ def test_own_mean_and_std():
 def test_random_square_crop_reaches_every_place_evenly(size):
     image = image_of("RGB", *size)
     whole = np.asarray(image.resize(tuple(side // 2 for side in size), Image.Resampling.BICUBIC))
-    places = [
-        whole[6 - top : 12 - top] if size[1] > size[0] else whole[:, 6 - top : 12 - top] for top in range(7)
-    ]
+    places = [whole[6 - top : 12 - top] if size[1] > size[0] else whole[:, 6 - top : 12 - top] for top in range(7)]
     rng = np.random.default_rng(0)
     counts = np.zeros(7)
     for _ in range(700):
@@ -152,7 +152,8 @@ def test_random_square_crop_is_a_function_of_the_generator():
     # A square has only one crop, the central one.
     square = image_of("P", 33, 33)
     np.testing.assert_array_equal(
-        random_square_crop(square, 10, np.random.default_rng(0)), Preprocess(10).resize_and_crop(square)
+        random_square_crop(square, 10, np.random.default_rng(0)),
+        Preprocess(10, OPENAI_IMAGE_MEAN, OPENAI_IMAGE_STD).resize_and_crop(square),
     )
 
 
@@ -160,14 +161,14 @@ def test_random_square_crop_is_a_function_of_the_generator():
 def test_image_that_would_explode_or_is_empty_is_refused(size):
     image = Image.new("L", size)
     with pytest.raises(UserError, match=r"elongated|with pixels"):
-        Preprocess(224).resize_and_crop(image)
+        Preprocess(224, OPENAI_IMAGE_MEAN, OPENAI_IMAGE_STD).resize_and_crop(image)
     with pytest.raises(UserError, match=r"elongated|with pixels"):
         random_square_crop(image, 224, np.random.default_rng(0))
 
 
 def test_mode_without_rgb_is_refused():
     with pytest.raises(UserError, match="got mode La"):
-        Preprocess(4).resize_and_crop(Image.new("La", (5, 5)))
+        Preprocess(4, OPENAI_IMAGE_MEAN, OPENAI_IMAGE_STD).resize_and_crop(Image.new("La", (5, 5)))
 
 
 @pytest.mark.parametrize("file_format", FORMATS)
@@ -177,14 +178,16 @@ def test_allowed_formats_open_from_path_and_bytes(file_format, tmp_path):
     path.write_bytes(content)
     expected = np.asarray(torchvision_pixels(Image.open(io.BytesIO(content)), 16))
     for source in (path, str(path), content):
-        np.testing.assert_array_equal(Preprocess(16).resize_and_crop(open_image(source)), expected)
+        np.testing.assert_array_equal(
+            Preprocess(16, OPENAI_IMAGE_MEAN, OPENAI_IMAGE_STD).resize_and_crop(open_image(source)), expected
+        )
 
 
 @pytest.mark.parametrize("file_format", ["GIF", "TIFF", "WEBP", "MPO"])
 def test_first_frame_of_several(file_format):
     frames = [Image.new("RGB", (20, 20), colour) for colour in ("red", "blue")]
     image = open_image(saved(frames[0], file_format, save_all=True, append_images=frames[1:]))
-    red, green, blue = Preprocess(4).resize_and_crop(image)[0, 0]
+    red, green, blue = Preprocess(4, OPENAI_IMAGE_MEAN, OPENAI_IMAGE_STD).resize_and_crop(image)[0, 0]
     assert red > 240 and green < 10 and blue < 10
 
 
@@ -253,7 +256,7 @@ def test_mutated_files_raise_nothing_but_user_errors(file_format):
         mutated = np.frombuffer(content, np.uint8).copy()
         mutated[rng.integers(0, min(len(mutated), 400), 4)] = rng.integers(0, 256, 4)
         try:
-            Preprocess(8)(open_image(mutated.tobytes()))
+            Preprocess(8, OPENAI_IMAGE_MEAN, OPENAI_IMAGE_STD)(open_image(mutated.tobytes()))
         except UserError:
             refused += 1
     assert refused
