@@ -10,6 +10,7 @@ import argparse
 import os
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -139,8 +140,9 @@ def torch_train_step(config: CLIPConfig, images: np.ndarray, tokens: np.ndarray,
 
 def torch_model(config: CLIPConfig) -> torch.nn.Module:
     """OpenAI's class, float32, with its own first weights."""
-    vision, text = config.vision, config.text
-    return openai_classes().CLIP(
+    vision, text, classes = config.vision, config.text, openai_classes()
+    sys.modules.setdefault(classes.__name__, classes)  # torch.compile looks its source up there
+    return classes.CLIP(
         config.embed_dim,
         vision.image_resolution,
         vision.layers,
