@@ -12,7 +12,7 @@ from clip_jax.errors import UserError
 
 ACTIVATIONS = ("quick_gelu", "gelu")
 REMAT_POLICIES = ("none", "full", "dots", "attention")
-ATTENTION_IMPLEMENTATIONS = ("xla", "cudnn")
+ATTENTION_IMPLEMENTATIONS = ("xla", "by_head", "cudnn")
 
 # Pixel statistics of OpenAI's training set: the `_transform` of the reference implementation (clip/clip.py).
 OPENAI_IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -144,7 +144,8 @@ class Execution:
         activations; "full" keeps only each block's input; "dots" keeps the matrix products with weights;
         "attention" recomputes the attention alone.
       unroll: how many Transformer blocks one iteration of the layer loop holds.
-      attention: "xla" everywhere; "cudnn" (fused) on NVIDIA GPUs in bfloat16.
+      attention: "xla" everywhere; "by_head" the same in a loop over heads where a sequence is longer than 128, for
+        TPUs with whole heads on each (a mesh without `tensor`); "cudnn" (fused) on NVIDIA GPUs in bfloat16.
     """
 
     dtype: str = "float32"
