@@ -100,8 +100,10 @@ def reference_adamw(model, settings):
 def test_fifty_steps_of_adamw(name):
     config, steps = CONFIGS[name], 50
     settings = OptimizerConfig(learning_rate=5e-4, warmup_steps=10)
-    if name == "resnet":  # the paper's settings for ResNets (table 18)
-        settings = dataclasses.replace(settings, b2=0.999, eps=1e-8)
+    if name == "resnet":
+        # The paper's settings for ResNets (table 18), at a rate where rounding does not decide the curve: at 5e-4
+        # PyTorch in float32 is up to 9e-3 away from itself in float64 within 30 steps of this small BatchNorm network.
+        settings = dataclasses.replace(settings, b2=0.999, eps=1e-8, learning_rate=1e-5)
     reference = reference_in_training(config)
     batches = [random_inputs(config, batch=8, seed=seed) for seed in range(steps)]
     rest = variables_of(reference.state_dict(), config)
