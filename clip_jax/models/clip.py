@@ -18,7 +18,7 @@ SOFTMAX_LOGIT_SCALE = float(np.log(1 / 0.07))
 SIGMOID_LOGIT_SCALE = float(np.log(10))
 SIGMOID_LOGIT_BIAS = -10.0
 
-Images = Float[Array | np.ndarray, "images height width 3"]
+Images = Float[Array | np.ndarray, "images _height _width 3"]
 Tokens = Int[Array | np.ndarray, "texts length"]
 
 
@@ -78,7 +78,7 @@ class CLIP(nn.Module):
         """Hidden states, last hidden state, pooled output and features of the text tower."""
         return self.text.outputs(self._checked_tokens(tokens))
 
-    def _checked_images(self, images: Images) -> Float[Array, "images height width 3"]:
+    def _checked_images(self, images: Images) -> Float[Array, "images _height _width 3"]:
         resolution = self.config.vision.image_resolution
         if images.ndim != 4 or images.shape[1:] != (resolution, resolution, 3):
             raise UserError(

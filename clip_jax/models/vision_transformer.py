@@ -53,7 +53,9 @@ class VisionTransformer(nn.Module):
         x, _ = self.transformer(self.embed(images))
         return self.pool(x)
 
-    def hidden_states(self, images: Float[Array, "batch _height _width 3"]) -> Float[Array, "states batch tokens width"]:
+    def hidden_states(
+        self, images: Float[Array, "batch _height _width 3"]
+    ) -> Float[Array, "states batch tokens width"]:
         """The input of the first block and the output of each, stacked."""
         x = self.embed(images)
         return jnp.concatenate([x[None], self.transformer(x, collect=True)[1]])
