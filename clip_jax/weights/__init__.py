@@ -2,5 +2,6 @@
 
 from clip_jax.weights.download import available_models
 from clip_jax.weights.formats import WRITERS, load_variables, save
+from clip_jax.weights.huggingface_text import load_text
 
-__all__ = ["WRITERS", "available_models", "load_variables", "save"]
+__all__ = ["WRITERS", "available_models", "load_text", "load_variables", "save"]

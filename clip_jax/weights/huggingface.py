@@ -90,10 +90,10 @@ def read(folder: Path) -> tuple[CLIPConfig, Any]:
         preprocessor = read_json(folder / "preprocessor_config.json")
         statistics = {k: tuple(preprocessor[k]) for k in ("image_mean", "image_std") if k in preprocessor}
         config = dataclasses.replace(config, **statistics)
-    return config, mapping.to_variables(_tensors(folder), config, naming, str(folder))
+    return config, mapping.to_variables(tensors(folder), mapping.leaves(config), naming, str(folder))
 
 
-def _tensors(folder: Path) -> dict[str, np.ndarray]:
+def tensors(folder: Path) -> dict[str, np.ndarray]:
     """The tensors of the folder's file, or of all files that its index names."""
     path = next(folder / name for name in WEIGHT_FILES if (folder / name).is_file())
     shards = [path.name]
@@ -121,13 +121,11 @@ def config_from_json(values: Mapping[str, Any], origin: str) -> CLIPConfig:
 def _config(values: Mapping[str, Any], origin: str) -> CLIPConfig:
     _check_only("model_type", values.get("model_type"), ("clip",), origin)
     # Files of transformers before 4.30 keep what was changed from the defaults in `..._config_dict`.
-    text = _TEXT_DEFAULTS | (values.get("text_config_dict") or values.get("text_config") or {})
+    text = values.get("text_config_dict") or values.get("text_config") or {}
     vision = _VISION_DEFAULTS | (values.get("vision_config_dict") or values.get("vision_config") or {})
-    _check_eos(text, origin)
-    for tower, settings in (("text", text), ("vision", vision)):
-        _check_only(f"{tower} layer_norm_eps", settings["layer_norm_eps"], (LAYER_NORM_EPSILON,), origin)
-        _check_only(f"{tower} hidden_act", settings["hidden_act"], ACTIVATIONS, origin)
-    _check_only("vision hidden_act", vision["hidden_act"], (text["hidden_act"],), origin)
+    text_config, activation = text_from_json(text, origin)
+    _check_only("vision layer_norm_eps", vision["layer_norm_eps"], (LAYER_NORM_EPSILON,), origin)
+    _check_only("vision hidden_act", vision["hidden_act"], (activation,), origin)
     _check_only("num_channels", vision["num_channels"], (3,), origin)
     return CLIPConfig(
         embed_dim=values.get("projection_dim", 512),
@@ -139,21 +137,31 @@ def _config(values: Mapping[str, Any], origin: str) -> CLIPConfig:
             heads=vision["num_attention_heads"],
             mlp_width=vision["intermediate_size"],
         ),
-        text=TextConfig(
-            width=text["hidden_size"],
-            heads=text["num_attention_heads"],
-            mlp_width=text["intermediate_size"],
-            layers=text["num_hidden_layers"],
-            context_length=text["max_position_embeddings"],
-            vocab_size=text["vocab_size"],
-        ),
-        activation=text["hidden_act"],
+        text=text_config,
+        activation=activation,
     )
 
 
-def _check_eos(text: Mapping[str, Any], origin: str) -> None:
+def text_from_json(values: Mapping[str, Any], origin: str) -> tuple[TextConfig, str]:
+    """(text tower, activation) from the settings of a CLIPTextConfig.
+
+    Raises:
+      UserError: this architecture cannot express it; `origin` names the file.
+    """
+    text = _TEXT_DEFAULTS | values
+    _check_only("text layer_norm_eps", text["layer_norm_eps"], (LAYER_NORM_EPSILON,), origin)
+    _check_only("text hidden_act", text["hidden_act"], ACTIVATIONS, origin)
     # transformers pools at the first `eos_token_id`, we at the largest id: the same if that ends the vocabulary.
     _check_only("text eos_token_id", text["eos_token_id"], (_LEGACY_EOS, text["vocab_size"] - 1), origin)
+    config = TextConfig(
+        width=text["hidden_size"],
+        heads=text["num_attention_heads"],
+        mlp_width=text["intermediate_size"],
+        layers=text["num_hidden_layers"],
+        context_length=text["max_position_embeddings"],
+        vocab_size=text["vocab_size"],
+    )
+    return config, text["hidden_act"]
 
 
 def _check_only(what: str, found: Any, allowed: tuple, origin: str) -> None:
@@ -172,7 +180,7 @@ def write(folder: Path, config: CLIPConfig, variables: Any) -> None:
         temporary.mkdir()
         write_json(temporary / "config.json", values)
         write_json(temporary / "preprocessor_config.json", _preprocessor_to_json(config))
-        write_safetensors(temporary / WEIGHT_FILES[0], mapping.to_tensors(variables, config, naming))
+        write_safetensors(temporary / WEIGHT_FILES[0], mapping.to_tensors(variables, mapping.leaves(config), naming))
 
 
 def config_to_json(config: CLIPConfig) -> dict[str, Any]:

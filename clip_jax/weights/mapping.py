@@ -5,7 +5,7 @@ format then only says how it spells OpenAI's names (a `Naming`): openai.py, open
 """
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -17,7 +17,8 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from clip_jax.errors import UserError
-from clip_jax.models import CLIP, CLIPConfig
+from clip_jax.models import CLIP, CLIPConfig, TextConfig
+from clip_jax.models.text import TextTransformer
 
 # Path in our variables -> OpenAI's name, with "{layer}" where our blocks are stacked. The packed `in_proj` of
 # PyTorch's attention appears as q_proj, k_proj and v_proj here; a Naming says where these three lie.
@@ -119,19 +120,27 @@ class Leaf:
         return "conv" if re.search(r"conv\d?/kernel$", self.path) else "linear"
 
 
-def abstract_variables(config: CLIPConfig) -> Any:
-    """Shapes and dtypes of the model's variables, without making any."""
-    resolution = config.vision.image_resolution
-    images = jax.ShapeDtypeStruct((1, resolution, resolution, 3), jnp.float32)
-    tokens = jax.ShapeDtypeStruct((1, config.text.context_length), jnp.int32)
-    return nn.unbox(jax.eval_shape(CLIP(config).init, jax.random.key(0), images, tokens))
-
-
 @lru_cache(maxsize=4)
 def leaves(config: CLIPConfig) -> tuple[Leaf, ...]:
-    """The table for one model."""
+    """The table for a whole model; shapes only, nothing is allocated."""
+    resolution = config.vision.image_resolution
+    images = jax.ShapeDtypeStruct((1, resolution, resolution, 3), jnp.float32)
+    return _table(jax.eval_shape(CLIP(config).init, jax.random.key(0), images, _tokens(config.text)))
+
+
+def text_leaves(text: TextTransformer) -> tuple[Leaf, ...]:
+    """The table for a text tower alone, with the paths it has in a whole model."""
+    abstract = jax.eval_shape(text.init, jax.random.key(0), _tokens(text.config))
+    return _table({"params": {"text": abstract["params"]}})
+
+
+def _tokens(config: TextConfig) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct((1, config.context_length), jnp.int32)
+
+
+def _table(abstract: Any) -> tuple[Leaf, ...]:
     table = []
-    for path, array in flatten_dict(abstract_variables(config), sep="/").items():
+    for path, array in flatten_dict(nn.unbox(abstract), sep="/").items():
         name = path
         for pattern, replacement in _RENAMING:
             name = re.sub(pattern, replacement, name)
@@ -139,10 +148,10 @@ def leaves(config: CLIPConfig) -> tuple[Leaf, ...]:
     return tuple(table)
 
 
-def expected_shapes(config: CLIPConfig, naming: Naming) -> dict[str, tuple[int, ...]]:
+def expected_shapes(table: Sequence[Leaf], naming: Naming) -> dict[str, tuple[int, ...]]:
     """Name in the file -> shape, of every tensor that a file of this model must hold."""
     shapes = {}
-    for leaf in leaves(config):
+    for leaf in table:
         for name in leaf.names:
             source, shape = naming(name), leaf.torch_shape
             if source.part is not None:
@@ -151,7 +160,7 @@ def expected_shapes(config: CLIPConfig, naming: Naming) -> dict[str, tuple[int, 
     return shapes
 
 
-def to_variables(tensors: Mapping[str, np.ndarray], config: CLIPConfig, naming: Naming, origin: str) -> Any:
+def to_variables(tensors: Mapping[str, np.ndarray], table: Sequence[Leaf], naming: Naming, origin: str) -> Any:
     """Our variables, as float32 NumPy arrays, from the tensors of a file.
 
     Memory is that of the result: tensors stay views of the file until they are copied into their place.
@@ -159,9 +168,9 @@ def to_variables(tensors: Mapping[str, np.ndarray], config: CLIPConfig, naming: 
     Raises:
       UserError: tensors are missing, superfluous or of another shape; the message lists them. `origin` names the file.
     """
-    _check_fit(tensors, expected_shapes(config, naming), origin)
+    _check_fit(tensors, expected_shapes(table, naming), origin)
     variables = {}
-    for leaf in leaves(config):
+    for leaf in table:
         array = np.empty(leaf.shape, np.float32)
         for layer, name in enumerate(leaf.names):
             target = array[layer] if leaf.stacked else array
@@ -170,11 +179,11 @@ def to_variables(tensors: Mapping[str, np.ndarray], config: CLIPConfig, naming: 
     return unflatten_dict(variables, sep="/")
 
 
-def to_tensors(variables: Any, config: CLIPConfig, naming: Naming) -> dict[str, np.ndarray]:
+def to_tensors(variables: Any, table: Sequence[Leaf], naming: Naming) -> dict[str, np.ndarray]:
     """Inverse of `to_variables`: float32 tensors by their names in the file, contiguous ones not guaranteed."""
     flat = flatten_dict(variables, sep="/")
     parts: dict[str, dict[int | None, np.ndarray]] = {}
-    for leaf in leaves(config):
+    for leaf in table:
         array = np.asarray(flat[leaf.path], np.float32)
         for layer, name in enumerate(leaf.names):
             tensor, source = leaf.to_torch(array[layer] if leaf.stacked else array), naming(name)

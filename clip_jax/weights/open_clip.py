@@ -59,7 +59,7 @@ def read(path: Path) -> tuple[CLIPConfig, Any]:
     """
     config = config_from_json(read_json(path.parent / CONFIG_FILE), f"{path.parent}/{CONFIG_FILE}")
     tensors = openai.plain_tensors(archive.read(path).tensors)
-    return config, mapping.to_variables(tensors, config, openai.naming, str(path))
+    return config, mapping.to_variables(tensors, mapping.leaves(config), openai.naming, str(path))
 
 
 def config_from_json(values: Mapping[str, Any], origin: str) -> CLIPConfig:

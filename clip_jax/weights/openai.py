@@ -63,7 +63,7 @@ def read(path: str | Path, activation: str | None = None) -> tuple[CLIPConfig, A
             f"{file.path} does not say how many heads its {config.vision.width} features form; "
             "put the model's open_clip_config.json beside it"
         )
-    return config, mapping.to_variables(tensors, config, naming, str(file.path))
+    return config, mapping.to_variables(tensors, mapping.leaves(config), naming, str(file.path))
 
 
 def stated_activation(file: TensorFile) -> str | None:
@@ -181,6 +181,6 @@ def write(path: Path, config: CLIPConfig, variables: Any) -> None:
 
 def state_dict(config: CLIPConfig, variables: Any) -> dict[str, np.ndarray]:
     """The tensors of PyTorch's `model.state_dict()`, with the step counters of its BatchNorms (zero)."""
-    tensors = mapping.to_tensors(variables, config, naming)
+    tensors = mapping.to_tensors(variables, mapping.leaves(config), naming)
     norms = [name.removesuffix("running_mean") for name in tensors if name.endswith("running_mean")]
     return tensors | {f"{norm}num_batches_tracked": np.array(0, np.int64) for norm in norms}

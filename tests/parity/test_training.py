@@ -14,7 +14,7 @@ from clip_jax.models import CLIP, normalize
 from clip_jax.training.losses import softmax_loss_dense
 from clip_jax.training.optimizer import OptimizerConfig, make_optimizer
 from clip_jax.weights import openai
-from clip_jax.weights.mapping import to_variables
+from clip_jax.weights.mapping import leaves, to_variables
 from clip_jax.weights.verify import random_inputs
 from tests.reference_models import ODD_RESNET, ODD_VIT, random_openai_model
 
@@ -30,7 +30,7 @@ def reference_in_training(config):
 
 def variables_of(tensors, config):
     arrays = {name: tensor.detach().numpy().copy() for name, tensor in tensors.items()}
-    return to_variables(openai.plain_tensors(arrays), config, openai.naming, "the reference")
+    return to_variables(openai.plain_tensors(arrays), leaves(config), openai.naming, "the reference")
 
 
 def reference_loss(model, images, tokens):

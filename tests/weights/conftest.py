@@ -1,9 +1,9 @@
-import jax
 import numpy as np
 import pytest
+from flax.traverse_util import unflatten_dict
 
 import clip_jax
-from clip_jax.weights.mapping import abstract_variables
+from clip_jax.weights.mapping import leaves
 from tests.reference_models import ODD_RESNET, ODD_VIT, random_openai_model, save_torchscript
 
 
@@ -43,4 +43,5 @@ def small(tmp_path_factory):
 
 def random_variables(config, seed=0):
     rng = np.random.default_rng(seed)
-    return jax.tree.map(lambda leaf: rng.standard_normal(leaf.shape, np.float32), abstract_variables(config))
+    flat = {leaf.path: rng.standard_normal(leaf.shape, np.float32) for leaf in leaves(config)}
+    return unflatten_dict(flat, sep="/")
