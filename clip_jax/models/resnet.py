@@ -190,7 +190,7 @@ class ModifiedResNet(nn.Module):
 
     def hidden_states(
         self, images: Float[Array, "batch height width 3"]
-    ) -> list[Float[Array, "batch height width channels"]]:
+    ) -> list[Float[Array, "batch _height _width _channels"]]:
         """The feature maps after the stem and after each block."""
         return self.feature_maps(images, train=False)
 
