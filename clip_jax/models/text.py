@@ -89,7 +89,7 @@ class TextTransformer(nn.Module):
         positions = self.positional_embedding[: tokens.shape[1]]
         # The table's columns are put together before rows are looked up: parts of rows, looked up for the whole batch
         # on every device, would have to travel instead.
-        table = nn.with_logical_constraint(self.token_embedding.astype(dtype), ("vocab", "features"))
+        table = nn.with_logical_constraint(jnp.asarray(self.token_embedding, dtype), ("vocab", "features"))
         x = table[tokens] + positions.astype(dtype)[None]
         return nn.with_logical_constraint(x, ("batch", "length", "features"))
 
