@@ -1,6 +1,6 @@
 """Memory of the contrastive loss alone, forward and backward, as the compiler reports it.
 
-    python benchmarks/loss_memory.py
+    python -m benchmarks.loss_memory
 
 Prints two tables and writes them to benchmarks/results/loss_memory.md. No accelerator is needed.
 
@@ -172,7 +172,7 @@ def main() -> None:
     lines = [
         "# Memory of the contrastive loss",
         "",
-        f"`python benchmarks/loss_memory.py`: width {WIDTH}; jax {jax.__version__}, libtpu {libtpu}.",
+        f"`python -m benchmarks.loss_memory`: width {WIDTH}; jax {jax.__version__}, libtpu {libtpu}.",
         "Temporaries a device of loss and gradients, from the compiler's `memory_analysis`.",
         "",
         "## 8 virtual CPU devices, float32",

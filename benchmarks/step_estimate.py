@@ -1,6 +1,6 @@
 """The train step's time on a TPU slice by the compiler's estimate, with plain attention and by head.
 
-    python benchmarks/step_estimate.py [--topology v5e-256] [--batch_size 32768] [CONFIG ...]
+    python -m benchmarks.step_estimate [--topology v5e-256] [--batch_size 32768] [CONFIG ...]
 
 Compiles two steps a config (minutes each; no accelerator is needed) and prints a row of a Markdown table for each, as
 in benchmarks/results/step_estimate.md. Parameters and moments are split over all chips (mesh.fsdp).

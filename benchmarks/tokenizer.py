@@ -1,6 +1,6 @@
 """Captions per second of our tokenizer, OpenAI's `simple_tokenizer.py` and the Rust package `tokenizers`.
 
-    python benchmarks/tokenizer.py [--captions 20000] [--rounds 5]
+    python -m benchmarks.tokenizer [--captions 20000] [--rounds 5]
 
 They take turns in one process and one thread on the same captions: cold (empty caches) and warm (the same
 captions again); the median round counts. `tokenizers`, if installed, has the same merges and gets the

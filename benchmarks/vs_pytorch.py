@@ -1,6 +1,6 @@
 """Forward pass and train step against OpenAI's PyTorch model, in one run on one machine.
 
-  python benchmarks/vs_pytorch.py [--models ViT-B/32 RN50] [--compile] [--output FILE.md]
+  python -m benchmarks.vs_pytorch [--models ViT-B/32 RN50] [--compile] [--output FILE.md]
 
 Random weights, float32, the same batch, both libraries on all cores. Each round times every contestant once, in turn,
 so that a machine whose speed drifts slows all of them; the figures are medians over the rounds.
@@ -184,7 +184,7 @@ def header() -> str:
     cores = os.cpu_count()
     machine = f"{platform.machine()}, {cores} cores, {torch.backends.cpu.get_cpu_capability()}"
     return (
-        "# Against OpenAI's PyTorch model\n\n`python benchmarks/vs_pytorch.py --compile`: "
+        "# Against OpenAI's PyTorch model\n\n`python -m benchmarks.vs_pytorch --compile`: "
         f"float32, {machine}; jax {jax.__version__}, torch {torch.__version__}.\n\n"
         "| model | what | batch | contestant | examples/s | clip_jax is faster by |\n|---|---|---:|---|---:|---:|\n"
     )
