@@ -51,9 +51,7 @@ class Preprocess:
         left, top = (round((side - self.image_resolution) / 2) for side in resized.size)
         return _crop(resized, left, top, self.image_resolution)
 
-    def normalize(
-        self, images: UInt8[np.ndarray | Array, "*batch 3"]
-    ) -> Float32[np.ndarray | Array, "*batch 3"]:
+    def normalize(self, images: UInt8[np.ndarray | Array, "*batch 3"]) -> Float32[np.ndarray | Array, "*batch 3"]:
         """Returns (images / 255 - mean) / std in float32.
 
         A NumPy array gives torchvision's result to the last bit. A JAX array, traced or not, gives it within
