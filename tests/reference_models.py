@@ -10,6 +10,9 @@ from clip_jax.models import CLIPConfig, ResNetConfig, TextConfig, VisionTransfor
 from clip_jax.weights.openai import SIZE_BUFFERS
 from clip_jax.weights.verify import openai_classes
 
+# Threads that wait for each other take far longer on shared cores than one that does all the work.
+torch.set_num_threads(1)
+
 # No two sizes are equal, and none is a round number.
 ODD_VIT = CLIPConfig(
     embed_dim=37,
