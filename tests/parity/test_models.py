@@ -46,7 +46,7 @@ def _check_float32(expected, ours, config):
         if "hidden" in name:
             assert row.relative <= 5e-6, row
         elif "features" in name:
-            # Their largest value is about 0.1, where the order of PyTorch's own sums moves the last digit by 3e-6 of it.
+            # Their largest value is about 0.1: the order of PyTorch's own sums moves that by up to 3e-6 of itself.
             assert row.max_abs <= 2e-6 and row.relative <= 5e-6, row
         else:
             assert row.max_abs <= 1e-3, row
