@@ -14,9 +14,13 @@ from clip_jax.training.config import RunConfig
 from clip_jax.training.plan import main_plan
 from clip_jax.training.topologies import parse_topology
 
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None, reason="needs libtpu: pip install -r requirements-tpu.txt"
-)
+# Slow, although it takes seconds: libtpu and eight virtual CPU devices in one process have ended it once.
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        importlib.util.find_spec("libtpu") is None, reason="needs libtpu: pip install -r requirements-tpu.txt"
+    ),
+]
 
 SMALL = {"batch_size": "32", "dtype": "bfloat16", "remat": "full", "unroll": "1", "model.vision.layers": "3"}
 
