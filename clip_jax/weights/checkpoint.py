@@ -36,7 +36,7 @@ def write(folder: Path, config: CLIPConfig, variables: Any) -> None:
 
     flat = {path: np.asarray(array, np.float32) for path, array in flatten_dict(variables, sep="/").items()}
     with appears_whole(folder) as temporary:
-        # Compression would save a third of the space of weights that came from float16, and take several times as long to read.
+        # Compression saves a third of the space of weights that were float16, and takes several times as long to read.
         with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_compression=False)) as checkpointer:
             checkpointer.save(temporary.absolute() / VARIABLES, ocp.args.PyTreeSave(unflatten_dict(flat, sep="/")))
         digests = {path: _digest(array) for path, array in flat.items()}
