@@ -11,21 +11,14 @@ import torch
 from safetensors.numpy import load_file, save_file
 
 import clip_jax
+import convert_torch_weights
 from clip_jax.errors import UserError
-from clip_jax.weights import WRITERS, load_variables, save
+from clip_jax.weights import WRITERS, load_variables, save, verify
 from clip_jax.weights.archive import read
 from clip_jax.weights.verify import openai_classes, openai_model
 from tests.reference_models import save_torchscript
 
-SCRIPT = Path(__file__).parents[2] / "convert_torch_weights.py"
-
-
-def convert(*arguments, code=0):
-    done = subprocess.run(
-        [sys.executable, str(SCRIPT), *map(str, arguments)], capture_output=True, text=True, cwd=SCRIPT.parent
-    )
-    assert done.returncode == code, done.stderr
-    return done.stdout if code != 2 else done.stderr
+ROOT = Path(__file__).parents[2]
 
 
 def assert_same_model(one, other):
@@ -280,23 +273,48 @@ def test_public_face(archive, tmp_path):
     side = model.config.vision.image_resolution
     assert model.config == archive[1] and preprocess.image_resolution == side
     assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(variables))
-    features = model.apply(variables, np.zeros((1, side, side, 3), np.float32), method=model.encode_image)
+    image = np.zeros((1, side, side, 3), np.float32)
+    features = jax.eval_shape(lambda v: model.apply(v, image, method=model.encode_image), variables)
     assert features.dtype == jax.numpy.bfloat16
     assert clip_jax.available_models()[5] == "ViT-B/32"
 
 
 def test_import_needs_neither_torch_nor_tensorflow():
     code = "import clip_jax, sys; print([m for m in ('torch', 'tensorflow', 'orbax') if m in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=SCRIPT.parent, check=True)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
     assert done.stdout.strip() == "[]"
 
 
-def test_script_converts_both_ways_and_verifies(archive, tmp_path):
-    path = archive[2]
-    text = convert(path, tmp_path / "jax", "--verify")
-    assert "text features" in text and "all" in text.splitlines()[-1]
-    text = convert(tmp_path / "jax", tmp_path / "back.pt", "--to", "openai", "--verify")
-    assert "within tolerance" in text.splitlines()[-1]
-    assert "exists" in convert(path, tmp_path / "jax", code=2)
-    message = convert(tmp_path / "jax", tmp_path / "other", "--verify", code=2)
-    assert message.startswith("error: ") and message.count("\n") == 1
+def test_script_converts_both_ways_and_verifies(archive, tmp_path, capsys, monkeypatch):
+    path = str(archive[2])
+    assert convert_torch_weights.main([path, str(tmp_path / "jax"), "--verify"]) == 0
+    table = capsys.readouterr().out
+    assert "text features" in table and table.splitlines()[-1].startswith("all ")
+    assert (
+        convert_torch_weights.main([str(tmp_path / "jax"), str(tmp_path / "a.pt"), "--to", "openai", "--verify"]) == 0
+    )
+    with pytest.raises(UserError, match="both SRC and DST"):
+        convert_torch_weights.main([str(tmp_path / "jax"), str(tmp_path / "b"), "--verify"])
+    monkeypatch.setattr(verify, "HIDDEN_TOLERANCE", 0.0)
+    assert convert_torch_weights.main([path, str(tmp_path / "c"), "--verify"]) == 1
+    assert "out of tolerance" in capsys.readouterr().out.splitlines()[-1]
+
+
+def test_verify_notices_one_wrong_number(archive):
+    _, config, path = archive
+    variables = load_variables(path)[1]
+    variables["params"]["text"]["transformer"]["resblocks"]["mlp"]["c_fc"]["bias"][1, 2] += 0.01
+    rows = {row.name: row.within for row in verify.verify("openai", path, config, variables)}
+    assert rows["text hidden 1"] and not rows["text hidden 2"] and rows["image features"]
+    variables["params"]["logit_scale"] = np.float32(np.nan)
+    assert not any(row.within for row in verify.verify("openai", path, config, variables) if row.name == "logits")
+
+
+def test_script_ends_with_one_line_and_code_2(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "convert_torch_weights.py", str(tmp_path / "nothing"), str(tmp_path / "out")],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+    )
+    assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
