@@ -38,20 +38,18 @@ class Memory:
 
     Attributes:
       arguments: train state and batch.
-      temporaries: activations, gradients and everything else that lives within a step.
+      temporaries: buffers of activations, gradients and everything else that lives within a step. They need not all
+        be alive at the peak, and some take the place of the donated state.
       outputs: the new state and the metrics.
       aliased: outputs that take the place of arguments (the donated state).
+      peak: the most that is alive at once, arguments included; this must fit.
     """
 
     arguments: int
     temporaries: int
-    outputs: int = 0
-    aliased: int = 0
-
-    @property
-    def peak(self) -> int:
-        """All of them at once, as the compiler allocates them."""
-        return self.arguments + self.temporaries + self.outputs - self.aliased
+    outputs: int
+    aliased: int
+    peak: int
 
 
 @dataclass(frozen=True)
@@ -169,9 +167,9 @@ def make_plan(config: RunConfig, topology: Topology) -> Plan:
     except jax.errors.JaxRuntimeError as error:
         seconds = time.perf_counter() - start
         arguments = sum(_bytes_a_device(leaf) for leaf in jax.tree.leaves((state, batch)))
-        needed = bytes_needed(str(error), arguments)
+        needed = bytes_needed(str(error))
         _progress(f"the compiler gave up after {seconds:.0f} s: {needed / GIB:.2f} GiB a device needed")
-        return Plan(config, topology, Memory(arguments, needed - arguments), None, seconds)
+        return Plan(config, topology, Memory(arguments, needed - arguments, 0, 0, needed), None, seconds)
     seconds = time.perf_counter() - start
     _progress(f"compiled in {seconds:.0f} s")
     stats = compiled.memory_analysis()
@@ -180,25 +178,21 @@ def make_plan(config: RunConfig, topology: Topology) -> Plan:
         stats.temp_size_in_bytes,
         stats.output_size_in_bytes,
         stats.alias_size_in_bytes,
+        stats.peak_memory_in_bytes,
     )
     return Plan(config, topology, memory, estimate(compiled.as_text(), topology.device), seconds)
 
 
-def bytes_needed(message: str, arguments: int) -> int:
-    """The bytes a device that the compiler asked for in vain.
-
-    Args:
-      message: its error; some name the total, others the temporaries alone.
-      arguments: bytes of the step's arguments.
+def bytes_needed(message: str) -> int:
+    """The bytes a device, arguments included, that the compiler's error says it asked for in vain.
 
     Raises:
       RuntimeError: the error is another one.
     """
-    found = re.search(r"(Used|HLO temporaries) \(?([\d.]+)([KMGT])", message)
+    found = re.search(r"(?:Used|HLO temporaries) \(?([\d.]+)([KMGT])", message)
     if "RESOURCE_EXHAUSTED" not in message or not found:
         raise RuntimeError(message)
-    needed = int(float(found[2]) * 2 ** {"K": 10, "M": 20, "G": 30, "T": 40}[found[3]])
-    return needed if found[1] == "Used" else needed + arguments
+    return int(float(found[1]) * 2 ** {"K": 10, "M": 20, "G": 30, "T": 40}[found[2]])
 
 
 def _bytes_a_device(leaf: jax.ShapeDtypeStruct) -> int:

@@ -82,7 +82,7 @@ def describe(plan: Plan) -> str:
         f"  arguments: state and batch   {memory.arguments / GIB:8.2f} GiB",
         f"  temporaries                  {memory.temporaries / GIB:8.2f} GiB",
         f"  outputs in new memory        {(memory.outputs - memory.aliased) / GIB:8.2f} GiB",
-        f"  peak                         {memory.peak / GIB:8.2f} GiB of {device.hbm_limit / GIB:.2f}: {verdict}",
+        f"  peak, alive at once          {memory.peak / GIB:8.2f} GiB of {device.hbm_limit / GIB:.2f}: {verdict}",
     ]
     return "\n".join([*lines, "", *_describe_cost(plan)] if plan.cost else lines)
 
