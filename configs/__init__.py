@@ -24,6 +24,7 @@ def paper(name: str, learning_rate: float) -> ConfigDict:
             "remat": "full",  # what the backward pass recomputes: none, attention, dots or full
             "unroll": 1,  # Transformer blocks in one iteration of the layer loop
             "attention": "xla",  # or cudnn on NVIDIA GPUs
+            "block_tokens": 0,  # tokens that a block works on at a time; 0 for all
             "loss": "softmax",  # or sigmoid, with model.logit_bias
             "loss_tile": 1_024,  # rows of the similarity matrix in memory at a time
             "mesh": {

@@ -44,6 +44,7 @@ def get_config() -> ConfigDict:
             "remat": "none",  # what the backward pass recomputes
             "unroll": 4,  # Transformer blocks in one iteration of the layer loop
             "attention": "xla",
+            "block_tokens": 0,
             "loss": "softmax",  # or sigmoid, with model.logit_bias
             "loss_tile": 128,  # rows of the similarity matrix in memory at a time
             "mesh": {"data": -1, "fsdp": 1, "tensor": 1, "rules": {}},  # devices along each axis; -1 takes all left

@@ -12,7 +12,7 @@ from clip_jax.errors import UserError
 
 ACTIVATIONS = ("quick_gelu", "gelu")
 REMAT_POLICIES = ("none", "full", "dots", "attention")
-ATTENTION_IMPLEMENTATIONS = ("xla", "by_head", "cudnn")
+ATTENTION_IMPLEMENTATIONS = ("xla", "cudnn")
 
 # Pixel statistics of OpenAI's training set: the `_transform` of the reference implementation (clip/clip.py).
 OPENAI_IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -140,18 +140,20 @@ class Execution:
     Attributes:
       dtype: the compute type, "float32" or "bfloat16". Parameters, LayerNorm and BatchNorm statistics, softmax,
         L2 norms, logits and losses are float32 regardless.
-      remat: what the backward pass recomputes in every Transformer block and residual stage: "none" keeps all
-        activations; "full" keeps only each block's input; "dots" keeps the matrix products with weights;
+      remat: what the backward pass recomputes: "none" keeps all activations; "full" keeps only the input of each
+        iteration of the layer loop (of each block in a ResNet); "dots" keeps the matrix products with weights;
         "attention" recomputes the attention alone.
-      unroll: how many Transformer blocks one iteration of the layer loop holds.
-      attention: "xla" everywhere; "by_head" the same in a loop over heads where a sequence is longer than 128, for
-        TPUs with whole heads on each (a mesh without `tensor`); "cudnn" (fused) on NVIDIA GPUs in bfloat16.
+      unroll: how many Transformer blocks one iteration of the layer loop holds, at most: a divisor of the layers.
+      attention: "xla" everywhere; "cudnn" (fused) on NVIDIA GPUs in bfloat16.
+      block_tokens: how many tokens (whole examples) a Transformer block works on at a time on each device; 0 for all.
+        A few thousand keep a TPU's intermediate values in its fast memory.
     """
 
     dtype: str = "float32"
     remat: str = "none"
     unroll: int = 1
     attention: str = "xla"
+    block_tokens: int = 0
 
     def __post_init__(self):
         _check_choice("dtype", self.dtype, ("float32", "bfloat16"))
@@ -159,6 +161,8 @@ class Execution:
         _check_choice("attention", self.attention, ATTENTION_IMPLEMENTATIONS)
         if self.unroll < 1:
             raise UserError(f"unroll must be at least 1, got {self.unroll}")
+        if self.block_tokens < 0:
+            raise UserError(f"block_tokens must be 0 (all) or more, got {self.block_tokens}")
         if self.attention == "cudnn" and self.dtype != "bfloat16":
             raise UserError(
                 'attention="cudnn" computes in bfloat16 only; set dtype to "bfloat16" or attention to "xla"'

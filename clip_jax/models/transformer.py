@@ -6,6 +6,8 @@ options, so a checkpoint has one layout. Names follow OpenAI's clip/model.py.
 
 from collections.abc import Callable
 from functools import partial
+from operator import itemgetter
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -15,6 +17,7 @@ from jaxtyping import Array, Float
 from clip_jax.models.attention import MultiheadAttention
 from clip_jax.models.config import Execution
 from clip_jax.models.initializers import BlockInitializers, constant, torch_linear
+from clip_jax.models.pieces import Apply, in_pieces, largest_divisor
 
 LAYER_NORM_EPSILON = 1e-5
 
@@ -70,10 +73,7 @@ class MLP(nn.Module):
 
 
 class ResidualAttentionBlock(nn.Module):
-    """x + attn(ln_1(x)), then x + mlp(ln_2(x)): one step of the scan over layers.
-
-    Returns the carry of the scan, and the block's output a second time if hidden states are collected.
-    """
+    """x + attn(ln_1(x)), then x + mlp(ln_2(x))."""
 
     heads: int
     mlp_width: int
@@ -81,23 +81,19 @@ class ResidualAttentionBlock(nn.Module):
     causal: bool
     initializers: BlockInitializers
     execution: Execution
-    collect: bool
 
     @nn.compact
-    def __call__(
-        self, x: Float[Array, "batch length width"], _: None
-    ) -> tuple[Float[Array, "batch length width"], Float[Array, "batch length width"] | None]:
+    def __call__(self, x: Float[Array, "batch length width"]) -> Float[Array, "batch length width"]:
         dtype = self.execution.compute_dtype
         x = nn.with_logical_constraint(x, ("batch", "length", "features"))
         attn = MultiheadAttention(self.heads, self.causal, self.initializers, self.execution, name="attn")
         x = x + attn(layer_norm("ln_1", dtype)(x))
         mlp = MLP(self.mlp_width, self.activation, self.initializers, self.execution, name="mlp")
-        x = x + mlp(layer_norm("ln_2", dtype)(x))
-        return x, x if self.collect else None
+        return x + mlp(layer_norm("ln_2", dtype)(x))
 
 
 class Transformer(nn.Module):
-    """A stack of residual attention blocks, executed by `nn.scan`.
+    """A stack of residual attention blocks, executed by a scan over their stacked parameters.
 
     Returns the last block's output and, if `collect`, the outputs of all blocks stacked on a leading axis.
     """
@@ -114,32 +110,56 @@ class Transformer(nn.Module):
     def __call__(
         self, x: Float[Array, "batch length width"], collect: bool = False
     ) -> tuple[Float[Array, "batch length width"], Float[Array, "layers batch length width"] | None]:
-        stack = nn.scan(
-            rematerialised(ResidualAttentionBlock, self.execution),
-            variable_axes={"params": 0},
-            split_rngs={"params": True},
-            length=self.layers,
-            unroll=min(self.execution.unroll, self.layers),
-            metadata_params={nn.PARTITION_NAME: "layers"},
-        )
-        block = stack(
+        make_block = partial(
+            ResidualAttentionBlock,
             heads=self.heads,
             mlp_width=self.mlp_width,
             activation=self.activation,
             causal=self.causal,
             initializers=self.initializers,
             execution=self.execution,
-            collect=collect,
-            name="resblocks",
         )
-        return block(x, None)
+        if self.is_initializing():
+            stack = nn.scan(
+                lambda block, x, _: (block(x), None),
+                variable_axes={"params": 0},
+                split_rngs={"params": True},
+                length=self.layers,
+                metadata_params={nn.PARTITION_NAME: "layers"},
+            )
+            return stack(make_block(name="resblocks"), x, None)
+        block = make_block(parent=None)
+        params = nn.unbox(self.variables["params"]["resblocks"])
+
+        def apply(params: Any, x: Float[Array, "batch length width"]) -> Float[Array, "batch length width"]:
+            return block.apply({"params": params}, x)
+
+        if collect:
+            return jax.lax.scan(lambda x, params: (apply(params, x),) * 2, x, params)
+        return run_stack(apply, params, x, self.execution), None
 
 
-def rematerialised(block: type[nn.Module], execution: Execution) -> type[nn.Module]:
-    """`block` with its backward pass recomputing what `execution.remat` says ("attention" acts inside the block)."""
-    if execution.remat == "full":
-        return nn.remat(block, prevent_cse=False)
-    if execution.remat == "dots":
-        policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-        return nn.remat(block, prevent_cse=False, policy=policy)
-    return block
+def run_stack(
+    apply: Apply, params: Any, x: Float[Array, "batch length width"], execution: Execution
+) -> Float[Array, "batch length width"]:
+    """`apply(params, x)` with the parameters of one block after another, executed as `execution` says."""
+    layers = jax.tree.leaves(params)[0].shape[0]
+    blocks = largest_divisor(layers, at_most=execution.unroll)
+
+    def iteration(params: Any, x: Float[Array, "batch length width"]) -> Float[Array, "batch length width"]:
+        for i in range(blocks):
+            x = apply(jax.tree.map(itemgetter(i), params), x)
+        return x
+
+    iteration = rematerialised(iteration, execution.remat)
+    if execution.block_tokens:
+        # Rematerialised once more, so that the backward pass gathers parameters again rather than keep them all.
+        iteration = rematerialised(in_pieces(iteration, execution.block_tokens), execution.remat)
+    params = jax.tree.map(lambda leaf: leaf.reshape(-1, blocks, *leaf.shape[1:]), params)
+    return jax.lax.scan(lambda x, params: (iteration(params, x), None), x, params)[0]
+
+
+def rematerialised(function: Apply, remat: str) -> Apply:
+    """`function` with its backward pass recomputing what `Execution.remat` says ("attention" acts inside the block)."""
+    policies = {"full": None, "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
+    return jax.checkpoint(function, prevent_cse=False, policy=policies[remat]) if remat in policies else function

@@ -57,12 +57,10 @@ class RunConfig:
             if config[field] < 1:
                 raise UserError(f"{field} must be at least 1, got {config[field]}")
         mesh = dict(config["mesh"])
-        if config["attention"] == "by_head" and mesh["tensor"] != 1:
-            raise UserError(f"attention by_head loops over heads, which mesh.tensor={mesh['tensor']} splits; use xla")
         return cls(
             name=config["name"],
             model=CLIPConfig.from_dict(config["model"]),
-            execution=Execution(**{k: config[k] for k in ("dtype", "remat", "unroll", "attention")}),
+            execution=Execution(**{k: config[k] for k in ("dtype", "remat", "unroll", "attention", "block_tokens")}),
             optimizer=OptimizerConfig(**config["optimizer"]),
             step=StepConfig(**{k: config[k] for k in ("loss", "loss_tile", "microbatches")}),
             rules=mesh.pop("rules"),

@@ -1,4 +1,4 @@
-"""Attention in a loop over heads against PyTorch's in float64: output, and the gradient of input and parameters."""
+"""Attention against PyTorch's in float64: output, and the gradient of input and parameters."""
 
 import jax
 import jax.numpy as jnp
@@ -40,15 +40,9 @@ def torch_attention(params: dict, x: np.ndarray, cotangent: np.ndarray, causal: 
     return y.detach().numpy(), x.grad.numpy(), jax.tree.map(lambda leaf: leaf.grad.numpy(), leaves)
 
 
-@pytest.mark.parametrize("causal", (False, True))
-@pytest.mark.parametrize(
-    ("implementation", "length"), (("xla", 257), ("by_head", 50), ("by_head", 77), ("by_head", 257))
-)
-def test_attention_equals_float64(monkeypatch, implementation, length, causal):
-    monkeypatch.setattr(attention, "LONG_SEQUENCE", 0)
-    module = attention.MultiheadAttention(
-        HEADS, causal, vision_block(WIDTH, 4 * WIDTH), Execution(attention=implementation)
-    )
+@pytest.mark.parametrize(("length", "causal"), ((257, False), (77, True)))
+def test_attention_equals_float64(length, causal):
+    module = attention.MultiheadAttention(HEADS, causal, vision_block(WIDTH, 4 * WIDTH), Execution())
     x, cotangent = randoms(BATCH, length, WIDTH, seed=20), randoms(BATCH, length, WIDTH, seed=21)
     params = parameters()
 
@@ -66,16 +60,6 @@ def test_attention_equals_float64(monkeypatch, implementation, length, causal):
     np.testing.assert_allclose(key_bias, 0, atol=1e-5 * np.abs(expected_param_grads["query"]["bias"]).max())
     del expected_param_grads["key"]["bias"]
     jax.tree.map(assert_close, param_grads, expected_param_grads)
-
-
-def test_short_sequences_are_computed_whole():
-    module = attention.MultiheadAttention(HEADS, False, vision_block(WIDTH, 4 * WIDTH), Execution(attention="by_head"))
-
-    def loops(length: int) -> bool:
-        program = jax.make_jaxpr(module.apply)({"params": parameters()}, jnp.zeros((BATCH, length, WIDTH)))
-        return "scan" in str(program)
-
-    assert loops(attention.LONG_SEQUENCE + 1) and not loops(attention.LONG_SEQUENCE)
 
 
 def assert_close(actual: jax.Array, expected: np.ndarray) -> None:

@@ -116,13 +116,20 @@ def test_text_outputs_agree_with_encode_text():
         (tiny.VIT, Execution(remat="full")),
         (tiny.VIT, Execution(remat="dots")),
         (tiny.VIT, Execution(remat="attention")),
+        (tiny.VIT, Execution(block_tokens=2 * tiny.VIT.vision.tokens)),
+        (tiny.VIT, Execution(block_tokens=1, unroll=2, remat="full")),
+        (tiny.VIT, Execution(block_tokens=1, remat="dots")),
         (tiny.RESNET, Execution(remat="full")),
     ],
-    ids=lambda value: f"{value.remat}-{value.unroll}" if isinstance(value, Execution) else type(value.vision).__name__,
+    ids=lambda value: (
+        f"{value.remat}-{value.unroll}-{value.block_tokens}"
+        if isinstance(value, Execution)
+        else type(value.vision).__name__
+    ),
 )
 def test_execution_changes_neither_values_nor_gradients(config, execution):
     variables = init(config)
-    images, tokens = floats(config, 2), tiny.tokens(config, 2)
+    images, tokens = floats(config, 4), tiny.tokens(config, 4)
 
     def loss(params, model):
         rest = {"batch_stats": variables["batch_stats"]} if "batch_stats" in variables else {}
@@ -131,8 +138,10 @@ def test_execution_changes_neither_values_nor_gradients(config, execution):
 
     expected = jax.jit(jax.value_and_grad(lambda p: loss(p, CLIP(config))))(variables["params"])
     got = jax.jit(jax.value_and_grad(lambda p: loss(p, CLIP(config, execution))))(variables["params"])
+    largest = max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(expected[1]))
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * float(jnp.abs(b).max()))
+        # A key's bias has no gradient in exact arithmetic: what is there is rounding of larger ones.
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * float(jnp.abs(b).max()) + 1e-7 * largest)
 
 
 @pytest.mark.parametrize("config", [tiny.VIT, tiny.RESNET], ids=["vit", "resnet"])

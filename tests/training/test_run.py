@@ -101,7 +101,6 @@ def test_a_checkpoint_of_another_model_is_refused(undisturbed, tmp_path):
         ({"total_steps": 0}, "total_steps must be at least 1"),
         ({"mesh": {"data": 3, "fsdp": 1, "tensor": 1, "rules": {}}}, "does not fit 8 devices"),
         ({"loss": "triplet"}, "one of softmax, sigmoid"),
-        ({"attention": "by_head", "mesh": {"data": 4, "fsdp": 1, "tensor": 2, "rules": {}}}, "loops over heads"),
         ({"data": {"folder": {"path": "/no/such/folder"}}}, "/no/such/folder"),
     ],
 )

@@ -11,6 +11,7 @@ import pytest
 from clip_jax.errors import UserError
 from clip_jax.models import CLIP, Execution
 from clip_jax.parallel import MeshSizes, make_mesh
+from clip_jax.training.hlo import parse
 from clip_jax.training.loop import to_devices
 from clip_jax.training.optimizer import OptimizerConfig, make_optimizer
 from clip_jax.training.state import abstract_state, initial_state
@@ -52,8 +53,44 @@ def test_a_resnet_normalises_over_the_global_batch():
     check_same_as_on_one_device(tiny.RESNET, (4, 2, 1))
 
 
-def check_same_as_on_one_device(config, sizes):
-    losses, state = run(config, mesh_of(*sizes))
+@pytest.mark.parametrize("sizes", [(1, 4, 1), (2, 2, 2)], ids=str)
+def test_blocks_in_pieces_of_each_share_learn_the_same(sizes):
+    """Shares of 4 examples in pieces of 2 images and 2 captions."""
+    tokens = 2 * max(tiny.VIT.vision.tokens, tiny.TEXT.context_length)
+    check_same_as_on_one_device(tiny.VIT, sizes, Execution(block_tokens=tokens, remat="full"))
+
+
+def test_pieces_add_their_gradients_up_before_devices_do():
+    """In the loop over pieces nothing travels: it is nested in the loop over layers, which alone has collectives."""
+    execution = Execution(block_tokens=1, remat="full")
+    model, adamw, mesh = CLIP(tiny.VIT, execution), make_optimizer(OPTIMIZER, 100), mesh_of(2, 2, 1)
+    state = initial_state(model, adamw, mesh, seed=0)
+    batch = to_devices(tiny.batch(tiny.VIT, BATCH), mesh)
+    program = parse(make_train_step(model, adamw, StepConfig(), mesh).lower(state, batch).compile().as_text())
+    transformer = {depth: names for depth, names in collectives_by_depth(program).items() if depth}
+    assert any("resblocks" in name or "transformer" in name for name in transformer[1])
+    assert not transformer.get(2)
+
+
+def collectives_by_depth(program):
+    """Depth in loops -> scopes of the collectives there."""
+    found = {}
+
+    def walk(computation, depth):
+        for op in program.computations[computation]:
+            if op.opcode == "while":
+                walk(op.attribute("body"), depth + 1)
+            elif op.opcode in ("call", "conditional"):
+                walk(op.attribute("to_apply"), depth)
+            elif op.opcode.startswith(("all-", "reduce-scatter", "collective-")):
+                found.setdefault(depth, []).append(op.scope)
+
+    walk(program.entry, 0)
+    return found
+
+
+def check_same_as_on_one_device(config, sizes, execution=Execution()):  # noqa: B008
+    losses, state = run(config, mesh_of(*sizes), execution=execution)
     expected_losses, expected = on_one_device(config)
     np.testing.assert_allclose(losses, expected_losses, rtol=2e-5)
     for got, want in zip(jax.tree.leaves(state.batch_stats), jax.tree.leaves(expected.batch_stats), strict=True):
