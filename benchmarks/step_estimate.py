@@ -1,17 +1,24 @@
-"""The train step's time on a TPU slice by the compiler's estimate, with plain attention and by head.
+"""The train step's memory and time on a TPU slice by the compiler, with and without pieces.
 
     python -m benchmarks.step_estimate [--topology v5e-256] [--batch_size 32768] [CONFIG ...]
 
 Compiles two steps a config (minutes each; no accelerator is needed) and prints a row of a Markdown table for each, as
-in benchmarks/results/step_estimate.md. Parameters and moments are split over all chips (mesh.fsdp).
+in benchmarks/results/step_estimate.md: blocks that work on a device's whole share, one a turn of the layer loop, and
+the config as it is. Memory is the compiler's fact, time an estimate (see clip_jax/training/hlo_cost.py).
 """
 
 import argparse
 
 from clip_jax.cli import load_config, override
-from clip_jax.training.ahead_of_time import make_plan, use_compiler_only
+from clip_jax.training.ahead_of_time import Plan, make_plan, use_compiler_only
 from clip_jax.training.config import RunConfig
 from clip_jax.training.topologies import GIB, parse_topology
+
+WHOLE = {"block_tokens": "0", "unroll": "1"}
+HEAD = (
+    "| config | batch | block_tokens | unroll | state and batch, GiB | temporaries, GiB | peak, GiB | step, s | MFU |\n"
+    "|---|---:|---:|---:|---:|---:|---:|---:|---:|"
+)
 
 
 def main() -> None:
@@ -23,15 +30,20 @@ def main() -> None:
     flags = parser.parse_args()
     use_compiler_only()
     topology = parse_topology(flags.topology)
-    print("| config | batch | attention | GiB a chip | step, s | MFU |\n|---|---|---|---|---|---|")
+    print(HEAD)
     for name in flags.configs:
-        for attention in ("xla", "by_head"):
-            changes = {"batch_size": flags.batch_size, "attention": attention, "mesh.data": "1", "mesh.fsdp": "-1"}
-            config = RunConfig.from_dict(override(load_config(name), list(changes.items())).to_dict())
-            plan = make_plan(config, topology)
-            time = f"{plan.cost.seconds:.3f} | {plan.mfu:.3f}" if plan.cost else "does not fit |"
-            row = f"| {name} | {config.batch_size:,} | {attention} | {plan.memory.peak / GIB:.2f} | {time} |"
-            print(row, flush=True)
+        for changes in (WHOLE, {}):
+            values = override(load_config(name), [*changes.items(), ("batch_size", flags.batch_size)])
+            print(row(name, make_plan(RunConfig.from_dict(values.to_dict()), topology)), flush=True)
+
+
+def row(name: str, plan: Plan) -> str:
+    """One line of the table."""
+    execution, memory = plan.config.execution, plan.memory
+    gib = [f"{size / GIB:.2f}" for size in (memory.arguments, memory.temporaries, memory.peak)]
+    time = [f"{plan.cost.seconds:.3f}", f"{plan.mfu:.3f}"] if plan.cost else ["does not fit", ""]
+    cells = [name, f"{plan.config.batch_size:,}", str(execution.block_tokens), str(execution.unroll), *gib, *time]
+    return f"| {' | '.join(cells)} |"
 
 
 if __name__ == "__main__":

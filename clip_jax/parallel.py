@@ -34,14 +34,17 @@ RULES: tuple[tuple[str, Any], ...] = (
 
 @dataclass(frozen=True)
 class MeshSizes:
-    """Devices along each mesh axis; one of them may be -1 and takes what the others leave."""
+    """Devices of a slice along each mesh axis; one of them may be -1 and takes what the others leave.
+
+    Several slices multiply `data`, so that only gradients and the loss's features travel between them.
+    """
 
     data: int = -1
     fsdp: int = 1
     tensor: int = 1
 
     def resolve(self, devices: int) -> tuple[int, int, int]:
-        """The three sizes for so many devices.
+        """The three sizes for so many devices of one slice.
 
         Raises:
           UserError: the sizes do not multiply to the number of devices.
@@ -62,20 +65,16 @@ class MeshSizes:
 def make_mesh(sizes: MeshSizes, devices: list[jax.Device] | None = None) -> Mesh:
     """A mesh with axes `MESH_AXES` over `devices` (default: all, of every process).
 
-    On several TPU slices the `data` axis goes across them, so that only gradients and the loss's features travel
-    over the data-centre network; `data` must then be a multiple of the number of slices.
+    On several TPU slices the `data` axis goes across them.
 
     Raises:
-      UserError: the sizes do not fit the devices or the slices.
+      UserError: the sizes do not fit the devices.
     """
     devices = jax.devices() if devices is None else devices
-    shape = sizes.resolve(len(devices))
     slices = len({getattr(device, "slice_index", 0) for device in devices})
+    shape = sizes.resolve(len(devices) // slices)
     if slices > 1:
-        if shape[0] % slices:
-            raise UserError(f"mesh.data must be a multiple of the {slices} slices, got {shape[0]}")
-        per_slice = (shape[0] // slices, *shape[1:])
-        grid = mesh_utils.create_hybrid_device_mesh(per_slice, (slices, 1, 1), devices, allow_split_physical_axes=True)
+        grid = mesh_utils.create_hybrid_device_mesh(shape, (slices, 1, 1), devices, allow_split_physical_axes=True)
     else:
         grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
     return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))

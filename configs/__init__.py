@@ -5,7 +5,7 @@ from ml_collections import ConfigDict
 from clip_jax.models import OPENAI_MODELS, ResNetConfig
 
 
-def paper(name: str, learning_rate: float) -> ConfigDict:
+def paper(name: str, learning_rate: float, block_tokens: int = 0) -> ConfigDict:
     """The recipe of the CLIP paper (section 2.5, tables 18 to 20) for one of OpenAI's models.
 
     Images and captions come from a folder (`--config.data.folder.path=...`); the paper's own data are not public.
@@ -22,14 +22,14 @@ def paper(name: str, learning_rate: float) -> ConfigDict:
             "microbatches": 1,  # pieces in which a device encodes its share; raise it when memory is short
             "dtype": "bfloat16",  # of the computation; parameters are float32
             "remat": "full",  # what the backward pass recomputes: none, attention, dots or full
-            "unroll": 1,  # Transformer blocks in one iteration of the layer loop
+            "unroll": 2 if block_tokens else 1,  # Transformer blocks in one iteration of the layer loop
             "attention": "xla",  # or cudnn on NVIDIA GPUs
-            "block_tokens": 0,  # tokens that a block works on at a time; 0 for all
+            "block_tokens": block_tokens,  # that a block works on at a time, chosen for TPUs; 0 (all) on GPUs
             "loss": "softmax",  # or sigmoid, with model.logit_bias
             "loss_tile": 1_024,  # rows of the similarity matrix in memory at a time
             "mesh": {
-                "data": -1,  # devices along the data axis; -1 takes all that are left
-                "fsdp": 1,  # devices that share one copy of parameters and moments
+                "data": 1,  # copies of parameters and moments in a slice
+                "fsdp": -1,  # devices that share one copy; -1 takes all that are left
                 "tensor": 1,  # devices that share heads and MLP widths
                 "rules": {},  # logical axis -> mesh axis, over those of clip_jax/parallel.py
             },

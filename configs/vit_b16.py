@@ -11,4 +11,4 @@ from configs import paper
 
 def get_config() -> ConfigDict:
     """The paper's recipe."""
-    return paper("ViT-B/16", learning_rate=5e-4)
+    return paper("ViT-B/16", learning_rate=5e-4, block_tokens=3_328)

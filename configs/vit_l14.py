@@ -11,4 +11,4 @@ from configs import paper
 
 def get_config() -> ConfigDict:
     """The paper's recipe."""
-    return paper("ViT-L/14", learning_rate=4e-4)
+    return paper("ViT-L/14", learning_rate=4e-4, block_tokens=2_560)

@@ -11,6 +11,6 @@ from configs import paper
 
 def get_config() -> ConfigDict:
     """The paper's recipe for the extra epoch."""
-    config = paper("ViT-L/14@336px", learning_rate=2e-5)
+    config = paper("ViT-L/14@336px", learning_rate=2e-5, block_tokens=1_664)
     config.total_steps = 12_207  # one epoch, on top of ViT-L/14
     return config

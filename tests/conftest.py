@@ -6,7 +6,7 @@ from pathlib import Path
 import jax
 
 # Eight devices share few cores here: one that waits for the others is slow, not stuck, and must not end the process.
-os.environ["XLA_FLAGS"] = "--xla_cpu_collective_call_terminate_timeout_seconds=600"
+os.environ["XLA_FLAGS"] = "--xla_cpu_collective_call_terminate_timeout_seconds=300"
 
 # Compiled programs are kept between tests and runs; the subprocesses that tests start find them too.
 os.environ["JAX_COMPILATION_CACHE_DIR"] = str(Path(__file__).parent.parent / ".pytest_cache" / "jax")

@@ -102,4 +102,5 @@ def end_of_text(
     x: Float[Array, "batch length width"], tokens: Int[Array, "batch length"]
 ) -> Float[Array, "batch width"]:
     """Each row's vector at its end-of-text token, the first occurrence of the largest id."""
-    return x[jnp.arange(x.shape[0]), tokens.argmax(axis=-1)]
+    # Unlike x[rows, ends], this is a look-up within each row to the partitioner too: nothing travels.
+    return jnp.take_along_axis(x, tokens.argmax(axis=-1)[:, None, None], axis=1)[:, 0]

@@ -83,7 +83,8 @@ class Plan:
     @property
     def settings(self) -> dict[str, Any]:
         """What decides memory and speed, under the names that the configuration gives it."""
-        mesh = dict(zip(("mesh.data", "mesh.fsdp", "mesh.tensor"), self.config.mesh.resolve(self.devices), strict=True))
+        sizes = self.config.mesh.resolve(self.devices // self.topology.slices)
+        mesh = dict(zip(("mesh.data", "mesh.fsdp", "mesh.tensor"), sizes, strict=True))
         execution = dataclasses.asdict(self.config.execution)
         return {"microbatches": self.config.step.microbatches, **execution, **mesh}
 

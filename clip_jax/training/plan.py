@@ -51,17 +51,17 @@ def next_change(plan: Plan) -> RunConfig | None:
     shrink the temporaries in proportion at most.
     """
     config, memory, limit = plan.config, plan.memory, plan.topology.device.hbm_limit
-    data, fsdp, _ = config.mesh.resolve(plan.devices)
     slices, microbatches = plan.topology.slices, config.step.microbatches
+    data, fsdp, _ = config.mesh.resolve(plan.devices // slices)
     if config.execution.remat != "full":
         return dataclasses.replace(config, execution=dataclasses.replace(config.execution, remat="full"))
-    if fsdp == 1 and data > slices and memory.temporaries - memory.arguments < limit:
-        mesh = dataclasses.replace(config.mesh, data=slices, fsdp=data // slices)
+    if fsdp == 1 and data > 1 and memory.temporaries - memory.arguments < limit:
+        mesh = dataclasses.replace(config.mesh, data=1, fsdp=data)
         return dataclasses.replace(config, mesh=mesh)
     pieces = 2 * microbatches
     while pieces < microbatches * memory.temporaries / limit:
         pieces *= 2
-    if config.batch_size // (data * fsdp) % pieces == 0:
+    if config.batch_size // (slices * data * fsdp) % pieces == 0:
         return dataclasses.replace(config, step=dataclasses.replace(config.step, microbatches=pieces))
     return None
 

@@ -10,7 +10,7 @@ import pytest
 
 from clip_jax.errors import UserError
 from clip_jax.models import CLIP, Execution
-from clip_jax.parallel import MeshSizes, make_mesh
+from clip_jax.parallel import MeshSizes, make_mesh, use_mesh
 from clip_jax.training.hlo import parse
 from clip_jax.training.loop import to_devices
 from clip_jax.training.optimizer import OptimizerConfig, make_optimizer
@@ -70,6 +70,18 @@ def test_pieces_add_their_gradients_up_before_devices_do():
     transformer = {depth: names for depth, names in collectives_by_depth(program).items() if depth}
     assert any("resblocks" in name or "transformer" in name for name in transformer[1])
     assert not transformer.get(2)
+
+
+def test_devices_encode_their_shares_alone():
+    """With whole parameters on each device nothing travels in the towers, the look-up at end-of-text included."""
+    model, mesh = CLIP(tiny.VIT), mesh_of(8, 1, 1)
+    state = initial_state(model, make_optimizer(OPTIMIZER, 100), mesh, seed=0)
+    batch = to_devices(tiny.batch(tiny.VIT, BATCH), mesh)
+    with use_mesh(mesh):
+        compiled = jax.jit(encode, static_argnums=(0, 4, 5)).lower(
+            model, state.variables, batch["image"], batch["text"], 1, mesh
+        )
+    assert not collectives_by_depth(parse(compiled.compile().as_text()))
 
 
 def collectives_by_depth(program):
