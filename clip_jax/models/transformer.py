@@ -21,6 +21,9 @@ from clip_jax.models.pieces import Apply, in_pieces, largest_divisor
 
 LAYER_NORM_EPSILON = 1e-5
 
+# Values of `Execution.remat` that act on a turn of the layer loop -> what `jax.checkpoint` keeps of it.
+POLICIES = {"full": None, "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
+
 
 def quick_gelu(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     """x * sigmoid(1.702 x), the activation of OpenAI's models."""
@@ -143,23 +146,24 @@ def run_stack(
     apply: Apply, params: Any, x: Float[Array, "batch length width"], execution: Execution
 ) -> Float[Array, "batch length width"]:
     """`apply(params, x)` with the parameters of one block after another, executed as `execution` says."""
+    if execution.remat not in POLICIES and not execution.block_tokens:
+        return jax.lax.scan(lambda x, params: (apply(params, x), None), x, params, unroll=execution.unroll)[0]
     layers = jax.tree.leaves(params)[0].shape[0]
     blocks = largest_divisor(layers, at_most=execution.unroll)
 
-    def iteration(params: Any, x: Float[Array, "batch length width"]) -> Float[Array, "batch length width"]:
+    def turn(params: Any, x: Float[Array, "batch length width"]) -> Float[Array, "batch length width"]:
         for i in range(blocks):
             x = apply(jax.tree.map(itemgetter(i), params), x)
         return x
 
-    iteration = rematerialised(iteration, execution.remat)
+    turn = rematerialised(turn, execution.remat)
     if execution.block_tokens:
         # Rematerialised once more, so that the backward pass gathers parameters again rather than keep them all.
-        iteration = rematerialised(in_pieces(iteration, execution.block_tokens), execution.remat)
+        turn = rematerialised(in_pieces(turn, execution.block_tokens), execution.remat)
     params = jax.tree.map(lambda leaf: leaf.reshape(-1, blocks, *leaf.shape[1:]), params)
-    return jax.lax.scan(lambda x, params: (iteration(params, x), None), x, params)[0]
+    return jax.lax.scan(lambda x, params: (turn(params, x), None), x, params)[0]
 
 
 def rematerialised(function: Apply, remat: str) -> Apply:
     """`function` with its backward pass recomputing what `Execution.remat` says ("attention" acts inside the block)."""
-    policies = {"full": None, "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
-    return jax.checkpoint(function, prevent_cse=False, policy=policies[remat]) if remat in policies else function
+    return jax.checkpoint(function, prevent_cse=False, policy=POLICIES[remat]) if remat in POLICIES else function
