@@ -101,10 +101,16 @@ def report(rows: list[Row]) -> str:
 def random_inputs(
     config: CLIPConfig, batch: int = 2, seed: int = 0
 ) -> tuple[Float[np.ndarray, "batch height width 3"], Int[np.ndarray, "batch length"]]:
-    """Images of unit variance, and texts of random length: ids, the last of the vocabulary, zeros."""
+    """Images of about unit variance, and texts of random length: ids, the last of the vocabulary, zeros.
+
+    The images are noise at four scales: a ResNet's pooling averages white noise away, and then all look alike to it.
+    """
     rng = np.random.default_rng(seed)
     side, length, vocab = config.vision.image_resolution, config.text.context_length, config.text.vocab_size
-    images = rng.standard_normal((batch, side, side, 3), np.float32)
+    images = np.zeros((batch, side, side, 3), np.float32)
+    for cells in (4, 8, 16, side):
+        noise, cell = rng.standard_normal((batch, cells, cells, 3), np.float32), np.arange(side) * cells // side
+        images += noise[:, cell][:, :, cell] / 2
     ends = rng.integers(length // 2, length, (batch, 1))
     tokens = rng.integers(0, vocab - 1, (batch, length))
     positions = np.arange(length)[None]
