@@ -211,10 +211,17 @@ def openai_model(path: Path, config: CLIPConfig) -> Any:
 
 
 def openai_classes() -> ModuleType:
-    """`clip/model.py` of the openai-clip package, alone: the package itself would import torchvision."""
+    """`clip/model.py` of the openai-clip package, alone: the package itself would import torchvision.
+
+    Raises:
+      UserError: it or PyTorch is not installed.
+    """
     _import("torch")
     package = importlib.util.find_spec("clip")
-    file = Path(package.submodule_search_locations[0]) / "model.py"
+    folders = (package and package.submodule_search_locations) or ()
+    file = next((Path(folder) / "model.py" for folder in folders if (Path(folder) / "model.py").is_file()), None)
+    if file is None:
+        raise _not_installed("openai-clip")
     spec = importlib.util.spec_from_file_location("openai_clip_model", file)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -241,6 +248,10 @@ def _import(name: str) -> ModuleType:
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        raise UserError(
-            f"verifying compares with PyTorch, but {name} is not installed: pip install -r requirements-test.txt"
-        ) from error
+        raise _not_installed(name) from error
+
+
+def _not_installed(name: str) -> UserError:
+    return UserError(
+        f"verifying compares with PyTorch, but {name} is not installed: pip install -r requirements-test.txt"
+    )
