@@ -2,6 +2,7 @@
 
 import math
 import warnings
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -30,10 +31,11 @@ ODD_RESNET = CLIPConfig(
 )
 
 
-def random_openai_model(config: CLIPConfig, seed: int = 0) -> torch.nn.Module:
-    """OpenAI's class in evaluation mode, float32, with weights that float16 holds where OpenAI's files have float16.
+def random_openai_model(config: CLIPConfig, seed: int = 0, training: bool = False) -> torch.nn.Module:
+    """OpenAI's class in float32, with weights that float16 holds where OpenAI's files have float16.
 
-    Attention is as sharp, residual streams grow and the temperature is as in the released models.
+    Attention is as sharp, residual streams grow and the temperature is as in the released models. In training mode a
+    ResNet's attention pool is sharp enough by itself, because BatchNorm keeps what comes in small.
     """
     classes, vision, text = openai_classes(), config.vision, config.text
     patch = None if isinstance(vision, ResNetConfig) else vision.patch_size
@@ -54,10 +56,10 @@ def random_openai_model(config: CLIPConfig, seed: int = 0) -> torch.nn.Module:
     for block in model.transformer.resblocks:
         block.attn_mask = model.build_attention_mask()
     _draw(model, torch.Generator().manual_seed(seed))
-    if isinstance(vision, ResNetConfig):
+    if isinstance(vision, ResNetConfig) and not training:
         _temper_pool(model.visual.eval(), random_inputs(config, batch=1, seed=seed + 1)[0])
     classes.convert_weights(model)
-    return model.float().eval()
+    return model.float().train(training)
 
 
 def _draw(model: torch.nn.Module, random: torch.Generator) -> None:
@@ -94,14 +96,24 @@ def _temper_pool(visual: torch.nn.Module, images: np.ndarray) -> None:
     hook = visual.layer4.register_forward_hook(lambda *arguments: maps.append(arguments[-1]))
     visual(torch.from_numpy(images).permute(0, 3, 1, 2))
     hook.remove()
-    tokens = maps[0][0].flatten(1).T
-    tokens = torch.cat([tokens.mean(0, keepdim=True), tokens]) + pool.positional_embedding
-    query = pool.q_proj(tokens[0]).unflatten(-1, (pool.num_heads, -1))
+    tokens = maps[0].flatten(2).mT
+    tokens = torch.cat([tokens.mean(1, keepdim=True), tokens], 1) + pool.positional_embedding
+    query = pool.q_proj(tokens[:, 0]).unflatten(-1, (pool.num_heads, -1))
     keys = pool.k_proj(tokens).unflatten(-1, (pool.num_heads, -1))
-    logits = torch.einsum("hd,khd->hk", query, keys) / query.shape[-1] ** 0.5
-    factor = torch.sqrt(LOGIT_SPREAD / logits.std(1).mean())
+    logits = torch.einsum("bhd,bkhd->bhk", query, keys) / query.shape[-1] ** 0.5
+    factor = torch.sqrt(LOGIT_SPREAD / logits.std(-1).mean())
     for parameter in (*pool.q_proj.parameters(), *pool.k_proj.parameters()):
         parameter *= factor
+
+
+def in_float64(model: torch.nn.Module) -> torch.nn.Module:
+    """`model`, computing in float64 throughout (OpenAI's LayerNorm would go through float32)."""
+    for module in model.double().modules():
+        if isinstance(module, torch.nn.LayerNorm):
+            module.forward = partial(torch.nn.LayerNorm.forward, module)
+        if getattr(module, "attn_mask", None) is not None:
+            module.attn_mask = module.attn_mask.double()
+    return model
 
 
 def save_torchscript(model: torch.nn.Module, config: CLIPConfig, path: Path) -> None:
