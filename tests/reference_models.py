@@ -2,16 +2,21 @@
 
 import math
 import warnings
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from clip_jax.models import CLIPConfig, ResNetConfig, TextConfig, VisionTransformerConfig
 from clip_jax.weights.openai import SIZE_BUFFERS
-from clip_jax.weights.verify import openai_classes
+from clip_jax.weights.verify import openai_classes, random_inputs
 
 # Threads that wait for each other take far longer on shared cores than one that does all the work.
 torch.set_num_threads(1)
+
+# Standard deviation of attention's logits: neither uniform nor one-hot.
+LOGIT_SPREAD = 2.0
 
 # No two sizes are equal, and none is a round number.
 ODD_VIT = CLIPConfig(
@@ -26,10 +31,11 @@ ODD_RESNET = CLIPConfig(
 )
 
 
-def random_openai_model(config: CLIPConfig, seed: int = 0) -> torch.nn.Module:
-    """OpenAI's class in evaluation mode, float32, with weights that float16 holds where OpenAI's files have float16.
+def random_openai_model(config: CLIPConfig, seed: int = 0, training: bool = False) -> torch.nn.Module:
+    """OpenAI's class in float32, with weights that float16 holds where OpenAI's files have float16.
 
-    Attention is as sharp, residual streams grow and the temperature is as in the released models.
+    Attention is as sharp, residual streams grow and the temperature is as in the released models. In training mode a
+    ResNet's attention pool is sharp enough by itself, because BatchNorm keeps what comes in small.
     """
     classes, vision, text = openai_classes(), config.vision, config.text
     patch = None if isinstance(vision, ResNetConfig) else vision.patch_size
@@ -50,8 +56,10 @@ def random_openai_model(config: CLIPConfig, seed: int = 0) -> torch.nn.Module:
     for block in model.transformer.resblocks:
         block.attn_mask = model.build_attention_mask()
     _draw(model, torch.Generator().manual_seed(seed))
+    if isinstance(vision, ResNetConfig) and not training:
+        _temper_pool(model.visual.eval(), random_inputs(config, batch=1, seed=seed + 1)[0])
     classes.convert_weights(model)
-    return model.float().eval()
+    return model.float().train(training)
 
 
 def _draw(model: torch.nn.Module, random: torch.Generator) -> None:
@@ -66,8 +74,8 @@ def _draw(model: torch.nn.Module, random: torch.Generator) -> None:
             is_input_major = name.endswith(("proj", "text_projection"))
             fan_in = parameter.shape[0] if is_input_major else parameter[0].numel()
             parameter.normal_(0, fan_in**-0.5, generator=random)
-            if "in_proj" in name:  # queries and keys: attention logits of standard deviation 2
-                parameter[: 2 * parameter.shape[1]] *= math.sqrt(2)
+            if "in_proj" in name:  # queries and keys of tokens that LayerNorm has just scaled
+                parameter[: 2 * parameter.shape[1]] *= math.sqrt(LOGIT_SPREAD)
     for name, buffer in model.named_buffers():
         if name.endswith("running_mean"):
             buffer.normal_(0, 0.1, generator=random)
@@ -76,6 +84,36 @@ def _draw(model: torch.nn.Module, random: torch.Generator) -> None:
         else:
             buffer.zero_()
     model.logit_scale.fill_(math.log(100))
+
+
+def _temper_pool(visual: torch.nn.Module, images: np.ndarray) -> None:
+    """Give the attention pool's logits the blocks' standard deviation as well, on average over heads.
+
+    Its input has grown over all residuals: drawn weights alone make it uniform in a small ResNet and one-hot in a large
+    one, where PyTorch in float32 is 3e-5 away from itself in float64.
+    """
+    pool, maps = visual.attnpool, []
+    hook = visual.layer4.register_forward_hook(lambda *arguments: maps.append(arguments[-1]))
+    visual(torch.from_numpy(images).permute(0, 3, 1, 2))
+    hook.remove()
+    tokens = maps[0].flatten(2).mT
+    tokens = torch.cat([tokens.mean(1, keepdim=True), tokens], 1) + pool.positional_embedding
+    query = pool.q_proj(tokens[:, 0]).unflatten(-1, (pool.num_heads, -1))
+    keys = pool.k_proj(tokens).unflatten(-1, (pool.num_heads, -1))
+    logits = torch.einsum("bhd,bkhd->bhk", query, keys) / query.shape[-1] ** 0.5
+    factor = torch.sqrt(LOGIT_SPREAD / logits.std(-1).mean())
+    for parameter in (*pool.q_proj.parameters(), *pool.k_proj.parameters()):
+        parameter *= factor
+
+
+def in_float64(model: torch.nn.Module) -> torch.nn.Module:
+    """`model`, computing in float64 throughout (OpenAI's LayerNorm would go through float32)."""
+    for module in model.double().modules():
+        if isinstance(module, torch.nn.LayerNorm):
+            module.forward = partial(torch.nn.LayerNorm.forward, module)
+        if getattr(module, "attn_mask", None) is not None:
+            module.attn_mask = module.attn_mask.double()
+    return model
 
 
 def save_torchscript(model: torch.nn.Module, config: CLIPConfig, path: Path) -> None:

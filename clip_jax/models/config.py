@@ -14,6 +14,10 @@ ACTIVATIONS = ("quick_gelu", "gelu")
 REMAT_POLICIES = ("none", "full", "dots", "attention")
 ATTENTION_IMPLEMENTATIONS = ("xla", "cudnn")
 
+# Larger numbers come from damaged files, and are refused before anything of that size is built.
+LARGEST_SIZE = 2**20
+MOST_LAYERS = 1000
+
 # Pixel statistics of OpenAI's training set: the `_transform` of the reference implementation (clip/clip.py).
 OPENAI_IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
 OPENAI_IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -106,8 +110,13 @@ class CLIPConfig:
     def __post_init__(self):
         object.__setattr__(self, "image_mean", tuple(self.image_mean))
         object.__setattr__(self, "image_std", tuple(self.image_std))
-        if self.embed_dim < 1:
-            raise UserError(f"embed_dim must be at least 1, got {self.embed_dim}")
+        _check_size("embed_dim", self.embed_dim, self.embed_dim, LARGEST_SIZE)
+        for name in ("image_mean", "image_std"):
+            values = getattr(self, name)
+            if len(values) != 3 or not all(isinstance(value, int | float) for value in values):
+                raise UserError(f"{name} must be three numbers, one a colour, got {values!r}")
+        if not min(self.image_std) > 0:
+            raise UserError(f"image_std must be above 0, got {self.image_std!r}")
         _check_choice("activation", self.activation, ACTIVATIONS)
 
     def to_dict(self) -> dict[str, Any]:
@@ -129,7 +138,7 @@ class CLIPConfig:
             vision_class = {"vit": VisionTransformerConfig, "resnet": ResNetConfig}[kind]
             others = {k: v for k, v in _tuples(values).items() if k not in ("vision", "text")}
             return cls(vision=vision_class(**vision), text=TextConfig(**values["text"]), **others)
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, AttributeError) as error:
             raise UserError(f"not a CLIP configuration: {error}") from error
 
 
@@ -182,9 +191,14 @@ def _tuples(values: Mapping[str, Any]) -> dict[str, Any]:
 def _check_positive(config: Any) -> None:
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
+        largest = MOST_LAYERS if field.name == "layers" else LARGEST_SIZE
         for number in value if isinstance(value, tuple) else (value,):
-            if not isinstance(number, int) or number < 1:
-                raise UserError(f"{type(config).__name__}.{field.name} must be at least 1, got {value!r}")
+            _check_size(f"{type(config).__name__}.{field.name}", number, value, largest)
+
+
+def _check_size(what: str, number: Any, value: Any, largest: int) -> None:
+    if type(number) is not int or not 1 <= number <= largest:
+        raise UserError(f"{what} must be at least 1 and at most {largest}, got {value!r}")
 
 
 def _check_divides(what: str, number: int, by_what: str, divisor: int) -> None:

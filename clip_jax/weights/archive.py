@@ -21,6 +21,7 @@ from clip_jax.weights.unpickle import MAX_PICKLE_BYTES, Module, unpickle
 
 MAX_HEADER_BYTES = 16 * 2**20  # of safetensors; CLIP's are a tenth of a megabyte
 _MAX_MODULE_DEPTH = 32
+_MAX_NAME = 1000  # characters; a long name of a module would be repeated in every tensor's
 _STATE_DICT_KEYS = ("state_dict", "model_state_dict", "model")  # where training checkpoints keep the weights
 _SAFETENSORS_DTYPES = {
     "F64": np.dtype("<f8"),
@@ -179,6 +180,8 @@ def _flatten(root: Any) -> tuple[dict[str, np.ndarray], dict[str, str]]:
         classes[".".join(names)] = module.class_name
         for name, value in module.attributes.items():
             path = (*names, str(name))
+            if sum(map(len, path)) > _MAX_NAME:
+                raise UserError(f"a name in it is longer than {_MAX_NAME} characters: {str(name)[:100]!r}...")
             if isinstance(value, np.ndarray):
                 tensors[".".join(path)] = value
             elif isinstance(value, Module):

@@ -24,20 +24,22 @@ def appears_whole(path: Path) -> Iterator[Path]:
     """A temporary name beside `path` for a file or a folder, which takes the final name only when complete.
 
     Raises:
-      UserError: `path` exists already.
+      UserError: `path` exists already, or cannot be written.
     """
     if path.exists():
         raise UserError(f"{path} exists already; remove it or choose another name")
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
         os.rename(temporary, path)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error}") from error
     finally:
         if temporary.is_dir():
             shutil.rmtree(temporary)
-        else:
-            temporary.unlink(missing_ok=True)
+        elif temporary.exists():
+            temporary.unlink()
 
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:

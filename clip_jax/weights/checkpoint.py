@@ -57,7 +57,10 @@ def read(folder: Path) -> tuple[CLIPConfig, Any]:
     values = read_json(folder / CONFIG_FILE)
     if values.get("version") != VERSION:
         raise UserError(f"{folder} is a checkpoint of version {values.get('version')!r}, expected {VERSION}")
-    config, digests = CLIPConfig.from_dict(values.get("config", {})), values.get("crc32", {})
+    digests = values.get("crc32")
+    if not isinstance(values.get("config"), dict) or not isinstance(digests, dict):
+        raise UserError(f"{folder / CONFIG_FILE} is damaged: config or crc32 is missing; convert it again")
+    config = CLIPConfig.from_dict(values["config"])
     shapes = {leaf.path: leaf.shape for leaf in leaves(config)}
     as_numpy = unflatten_dict(dict.fromkeys(shapes, ocp.RestoreArgs(restore_type=np.ndarray)), sep="/")
     try:

@@ -8,6 +8,7 @@ import fcntl
 import hashlib
 import http.client
 import os
+import ssl
 import time
 import urllib.error
 import urllib.request
@@ -78,6 +79,8 @@ def fetch(name: str, download_root: str | Path | None = None, patience: Patience
     """
     sha256, file_name = OFFICIAL_FILES[name]
     mirror = os.environ.get(MIRROR_VARIABLE) or ADDRESS
+    if not mirror.startswith(("https://", "http://")):
+        raise UserError(f"{MIRROR_VARIABLE} must start with https:// or http://, got {mirror!r}")
     url = f"{mirror.rstrip('/')}/{sha256}/{file_name}"
     path = cache_folder(download_root) / file_name
     try:
@@ -130,7 +133,7 @@ def _fill(url: str, part: Path, patience: Patience) -> None:
             if error.code < 500 and error.code not in (408, 416, 429):
                 raise UserError(f"{url} answered {error.code} {error.reason}") from error
             reason = f"the server answered {error.code}"
-        except (urllib.error.URLError, http.client.HTTPException, TimeoutError, ConnectionError) as error:
+        except (urllib.error.URLError, http.client.HTTPException, TimeoutError, ConnectionError, ssl.SSLError) as error:
             reason = str(error) or type(error).__name__
         failures = 0 if _size(part) > before else failures + 1
         if failures == patience.attempts:

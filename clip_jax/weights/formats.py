@@ -71,6 +71,8 @@ def save(target: str | Path, config: CLIPConfig, variables: Any, to: str) -> Non
     """Write a model in one of the formats of `WRITERS`: a file for "openai", a folder for the others.
 
     Raises:
-      UserError: `target` exists, or the format cannot express the model.
+      UserError: there is no such format, it cannot express the model, or `target` exists or cannot be written.
     """
+    if to not in WRITERS:
+        raise UserError(f"cannot write the format {to!r}; expected one of {', '.join(WRITERS)}")
     WRITERS[to](Path(target), config, variables)

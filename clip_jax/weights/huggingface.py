@@ -87,10 +87,16 @@ def read(folder: Path) -> tuple[CLIPConfig, Any]:
     """
     config = config_from_json(read_json(folder / "config.json"), f"{folder}/config.json")
     if (folder / "preprocessor_config.json").is_file():
-        preprocessor = read_json(folder / "preprocessor_config.json")
-        statistics = {k: tuple(preprocessor[k]) for k in ("image_mean", "image_std") if k in preprocessor}
-        config = dataclasses.replace(config, **statistics)
+        config = _with_preprocessing(config, folder / "preprocessor_config.json")
     return config, mapping.to_variables(tensors(folder), mapping.leaves(config), naming, str(folder))
+
+
+def _with_preprocessing(config: CLIPConfig, path: Path) -> CLIPConfig:
+    values = read_json(path)
+    try:
+        return dataclasses.replace(config, **{k: tuple(values[k]) for k in ("image_mean", "image_std") if k in values})
+    except (UserError, TypeError) as error:
+        raise UserError(f"{path} is no preprocessing of CLIP's: {error}") from error
 
 
 def tensors(folder: Path) -> dict[str, np.ndarray]:
@@ -98,7 +104,10 @@ def tensors(folder: Path) -> dict[str, np.ndarray]:
     path = next(folder / name for name in WEIGHT_FILES if (folder / name).is_file())
     shards = [path.name]
     if path.suffix == ".json":
-        shards = sorted(set(map(str, read_json(path).get("weight_map", {}).values())))
+        weight_map = read_json(path).get("weight_map")
+        if not isinstance(weight_map, dict):
+            raise UserError(f"{path} has no weight_map from tensors to files")
+        shards = sorted(set(map(str, weight_map.values())))
     outside = [shard for shard in shards if Path(shard).name != shard]
     if outside:
         raise UserError(f"{path} names files outside its folder: {outside[0]!r}")

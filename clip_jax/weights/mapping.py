@@ -204,7 +204,7 @@ def _take(tensors: Mapping[str, np.ndarray], source: Source) -> np.ndarray:
 
 def _check_fit(tensors: Mapping[str, np.ndarray], expected: Mapping[str, tuple[int, ...]], origin: str) -> None:
     missing = [f"{key} {shape}" for key, shape in expected.items() if key not in tensors]
-    extra = [f"{key} {tensor.shape}" for key, tensor in tensors.items() if key not in expected]
+    extra = [f"{key[:200]} {tensor.shape}" for key, tensor in tensors.items() if key not in expected]
     wrong = [
         f"{key} is {tensors[key].dtype} {tensors[key].shape}, should be {shape}"
         for key, shape in expected.items()

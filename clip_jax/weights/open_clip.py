@@ -4,6 +4,7 @@ A file alone, without its configuration, is read by openai.py.
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -80,7 +81,7 @@ def config_from_json(values: Mapping[str, Any], origin: str) -> CLIPConfig:
             text=TextConfig(
                 width=text["width"],
                 heads=text["heads"],
-                mlp_width=int(text["width"] * text.get("mlp_ratio", 4)),
+                mlp_width=_mlp_width(text),
                 layers=text["layers"],
                 context_length=text.get("context_length", 77),
                 vocab_size=text.get("vocab_size", 49408),
@@ -89,7 +90,9 @@ def config_from_json(values: Mapping[str, Any], origin: str) -> CLIPConfig:
             logit_bias=model.get("init_logit_bias") is not None,
         )
         return _with_preprocessing(config, values.get("preprocess_cfg", {}), origin)
-    except (KeyError, TypeError, AttributeError) as error:
+    except UserError:
+        raise
+    except (KeyError, TypeError, AttributeError, ValueError, ArithmeticError) as error:
         raise UserError(f"{origin} is no configuration of open_clip ({type(error).__name__}: {error})") from error
 
 
@@ -103,8 +106,18 @@ def _vision_config(vision: Mapping[str, Any]) -> VisionTransformerConfig | ResNe
         width=width,
         layers=vision["layers"],
         heads=width // head_width,
-        mlp_width=int(width * vision.get("mlp_ratio", 4)),
+        mlp_width=_mlp_width(vision),
     )
+
+
+def _mlp_width(tower: Mapping[str, Any]) -> int:
+    return int(tower["width"] * float(tower.get("mlp_ratio", 4)))  # cut, not rounded, as open_clip does
+
+
+def _ratio(tower: VisionTransformerConfig | TextConfig) -> float:
+    """The ratio from which `_mlp_width` gets the width back: the quotient, or the next number above it."""
+    ratio = tower.mlp_width / tower.width
+    return ratio if int(tower.width * ratio) == tower.mlp_width else math.nextafter(ratio, math.inf)
 
 
 def _check_fields(values: Mapping[str, Any], known: set[str], origin: str) -> None:
@@ -145,7 +158,7 @@ def config_to_json(config: CLIPConfig) -> dict[str, Any]:
         "head_width": trunk // vision.heads,
     }
     if isinstance(vision, VisionTransformerConfig):
-        vision_values |= {"patch_size": vision.patch_size, "mlp_ratio": vision.mlp_width / vision.width}
+        vision_values |= {"patch_size": vision.patch_size, "mlp_ratio": _ratio(vision)}
     bias = {"init_logit_bias": SIGMOID_LOGIT_BIAS} if config.logit_bias else {}
     return {
         "model_cfg": bias
@@ -159,7 +172,7 @@ def config_to_json(config: CLIPConfig) -> dict[str, Any]:
                 "width": text.width,
                 "heads": text.heads,
                 "layers": text.layers,
-                "mlp_ratio": text.mlp_width / text.width,
+                "mlp_ratio": _ratio(text),
             },
         },
         "preprocess_cfg": {"mean": list(config.image_mean), "std": list(config.image_std)} | _PREPROCESSING,

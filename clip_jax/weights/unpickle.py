@@ -16,7 +16,7 @@ import numpy as np
 
 from clip_jax.errors import UserError
 
-MAX_PICKLE_BYTES = 16 * 2**20  # RN50x64's is a quarter of a megabyte
+MAX_PICKLE_BYTES = 4 * 2**20  # RN50x64's is a quarter of a megabyte
 _MAX_DIMENSIONS = 8
 
 STORAGE_DTYPES = {
@@ -131,7 +131,9 @@ class _Machine:
                 push(_checked_global(*argument.split(" ", 1)))
             case "STACK_GLOBAL":
                 name, module = self.pop(), self.pop()
-                push(_checked_global(str(module), str(name)))
+                if not isinstance(name, str) or not isinstance(module, str):
+                    raise UserError("its pickle asks for a name that is not a string")
+                push(_checked_global(module, name))
             case "BINPERSID":
                 push(self.storage(self.pop()))
             case "REDUCE":
@@ -165,7 +167,7 @@ class _Machine:
         kind, storage_class, key, _location, size = identity
         dtype = STORAGE_DTYPES.get(storage_class.name) if isinstance(storage_class, _Global) else None
         if kind != "storage" or dtype is None or not isinstance(key, str) or type(size) is not int:
-            raise UserError(f"its pickle names a storage that is not one: {str(identity)[:200]}")
+            raise UserError(f"its pickle names a storage that is not one: {_shown(storage_class)}")
         return self.read_storage(key, dtype, size)
 
 
@@ -178,13 +180,18 @@ def _checked_global(module: str, name: str) -> _Global:
 
 def _call(function: Any, arguments: Any) -> Any:
     if not isinstance(function, _Global) or function.name not in _FUNCTIONS:
-        raise UserError(f"its pickle calls something that is not a function: {str(function)[:200]}")
+        raise UserError(f"its pickle calls something that is not a function: {_shown(function)}")
     return _FUNCTIONS[function.name](*arguments)
+
+
+def _shown(value: Any) -> str:
+    # Never the value itself: a few memoised tuples of each other are longer than any memory when printed.
+    return value.name[:200] if isinstance(value, _Global) else f"a {type(value).__name__}"
 
 
 def _new_module(cls: Any, arguments: Any) -> Module:
     if not isinstance(cls, _Global) or not cls.name.startswith("__torch__.") or arguments != ():
-        raise UserError(f"its pickle builds an object of {str(cls)[:200]}")
+        raise UserError(f"its pickle builds an object of {_shown(cls)}")
     return Module(cls.name.rpartition(".")[2])
 
 
@@ -200,8 +207,9 @@ def _rebuild_tensor(storage: np.ndarray, offset: int, size: tuple, stride: tuple
     numbers = (offset, *size, *stride)
     if not isinstance(storage, np.ndarray) or storage.ndim != 1:
         raise UserError("its pickle makes a tensor of something that is not a storage")
-    matching = len(size) == len(stride) <= _MAX_DIMENSIONS
-    if not matching or any(type(n) is not int or not 0 <= n < 2**48 for n in numbers):
+    if any(type(n) is not int for n in numbers):
+        raise UserError("a tensor has an offset, size or stride that is not a whole number")
+    if not len(size) == len(stride) <= _MAX_DIMENSIONS or any(not 0 <= n < 2**48 for n in numbers):
         raise UserError(f"a tensor has impossible offset, size and stride: {offset}, {size}, {stride}"[:300])
     elements = math.prod(size)
     last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))

@@ -101,10 +101,16 @@ def report(rows: list[Row]) -> str:
 def random_inputs(
     config: CLIPConfig, batch: int = 2, seed: int = 0
 ) -> tuple[Float[np.ndarray, "batch height width 3"], Int[np.ndarray, "batch length"]]:
-    """Images of unit variance, and texts of random length: ids, the last of the vocabulary, zeros."""
+    """Images of about unit variance, and texts of random length: ids, the last of the vocabulary, zeros.
+
+    The images are noise at four scales: a ResNet's pooling averages white noise away, and then all look alike to it.
+    """
     rng = np.random.default_rng(seed)
     side, length, vocab = config.vision.image_resolution, config.text.context_length, config.text.vocab_size
-    images = rng.standard_normal((batch, side, side, 3), np.float32)
+    images = np.zeros((batch, side, side, 3), np.float32)
+    for cells in (4, 8, 16, side):
+        noise, cell = rng.standard_normal((batch, cells, cells, 3), np.float32), np.arange(side) * cells // side
+        images += noise[:, cell][:, :, cell] / 2
     ends = rng.integers(length // 2, length, (batch, 1))
     tokens = rng.integers(0, vocab - 1, (batch, length))
     positions = np.arange(length)[None]
@@ -205,10 +211,17 @@ def openai_model(path: Path, config: CLIPConfig) -> Any:
 
 
 def openai_classes() -> ModuleType:
-    """`clip/model.py` of the openai-clip package, alone: the package itself would import torchvision."""
+    """`clip/model.py` of the openai-clip package, alone: the package itself would import torchvision.
+
+    Raises:
+      UserError: it or PyTorch is not installed.
+    """
     _import("torch")
     package = importlib.util.find_spec("clip")
-    file = Path(package.submodule_search_locations[0]) / "model.py"
+    folders = (package and package.submodule_search_locations) or ()
+    file = next((Path(folder) / "model.py" for folder in folders if (Path(folder) / "model.py").is_file()), None)
+    if file is None:
+        raise _not_installed("openai-clip")
     spec = importlib.util.spec_from_file_location("openai_clip_model", file)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -235,6 +248,10 @@ def _import(name: str) -> ModuleType:
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        raise UserError(
-            f"verifying compares with PyTorch, but {name} is not installed: pip install -r requirements-test.txt"
-        ) from error
+        raise _not_installed(name) from error
+
+
+def _not_installed(name: str) -> UserError:
+    return UserError(
+        f"verifying compares with PyTorch, but {name} is not installed: pip install -r requirements-test.txt"
+    )

@@ -16,20 +16,20 @@ from clip_jax.training.optimizer import OptimizerConfig, make_optimizer
 from clip_jax.weights import openai
 from clip_jax.weights.mapping import leaves, to_variables
 from clip_jax.weights.verify import random_inputs
-from tests.reference_models import ODD_RESNET, ODD_VIT, random_openai_model
+from tests.reference_models import ODD_RESNET, ODD_VIT, in_float64, random_openai_model
 
 CONFIGS = {"vit": ODD_VIT, "resnet": ODD_RESNET}
 
 
 def reference_in_training(config):
     """OpenAI's class, trainable, in training mode, at the temperature at which training starts."""
-    model = random_openai_model(config).train().requires_grad_(True)
+    model = random_openai_model(config, training=True).requires_grad_(True)
     model.logit_scale.data.fill_(math.log(1 / 0.07))
     return model
 
 
 def variables_of(tensors, config):
-    arrays = {name: tensor.detach().numpy().copy() for name, tensor in tensors.items()}
+    arrays = {name: tensor.detach().float().numpy().copy() for name, tensor in tensors.items()}
     return to_variables(openai.plain_tensors(arrays), leaves(config), openai.naming, "the reference")
 
 
@@ -50,10 +50,11 @@ def our_loss(params, rest, model, images, tokens):
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_gradients_and_running_statistics(name):
+    """Against float64: in float32, rounding flips one of PyTorch's ReLUs in half of the batches: 1 % of a gradient."""
     config = CONFIGS[name]
-    reference, (images, tokens) = reference_in_training(config), random_inputs(config, batch=6)
+    reference, (images, tokens) = in_float64(reference_in_training(config)), random_inputs(config, batch=6)
     before = variables_of(reference.state_dict(), config)
-    expected_loss = reference_loss(reference, images, tokens)
+    expected_loss = reference_loss(reference, images.astype(np.float64), tokens)
     expected_loss.backward()
     buffers = dict(reference.named_buffers())
     after = variables_of({**buffers, **{n: p.grad for n, p in reference.named_parameters()}}, config)

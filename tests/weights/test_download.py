@@ -200,6 +200,11 @@ def test_nobody_answers(tmp_path, monkeypatch):
     refused(tmp_path, "3 times in a row")
 
 
+def test_mirror_that_is_no_address(tmp_path, monkeypatch):
+    monkeypatch.setenv(download.MIRROR_VARIABLE, "mirror.example")
+    refused(tmp_path, "https://")
+
+
 def test_folder_that_cannot_be_written(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=download.CACHE_VARIABLE):

@@ -13,7 +13,7 @@ from safetensors.numpy import load_file, save_file
 import clip_jax
 import convert_torch_weights
 from clip_jax.errors import UserError
-from clip_jax.weights import WRITERS, load_variables, save, verify
+from clip_jax.weights import WRITERS, load_variables, open_clip, save, verify
 from clip_jax.weights.archive import read
 from clip_jax.weights.verify import openai_classes, openai_model
 from tests.reference_models import save_torchscript
@@ -188,8 +188,39 @@ def test_open_clip_settings_that_mean_another_model(small, tmp_path, section, fi
 
 
 @pytest.mark.parametrize(
+    ("section", "field", "value"),
+    [
+        ("vision_cfg", "layers", 10**9),
+        ("vision_cfg", "layers", [1, 10**9, 1, 1]),
+        ("vision_cfg", "head_width", 0),
+        ("vision_cfg", "width", "x"),
+        ("text_cfg", "mlp_ratio", float("nan")),
+        ("text_cfg", "mlp_ratio", "x"),
+        ("preprocess_cfg", "mean", [0.5]),
+        ("preprocess_cfg", "std", [1.0, 1.0, 0.0]),
+    ],
+)
+def test_open_clip_settings_that_make_no_sense(small, section, field, value):
+    values = open_clip.config_to_json(small[0])
+    values["model_cfg"].get(section, values.get(section))[field] = value
+    with pytest.raises(UserError):
+        open_clip.config_from_json(values, "a file")
+
+
+def test_mlp_widths_survive_open_clips_ratio(small):
+    """int(width * (mlp_width / width)) is one less than mlp_width for one pair in forty."""
+    for width in range(1, 40):
+        for mlp_width in range(1, 5 * width):
+            text = dataclasses.replace(small[0].text, width=width, heads=1, mlp_width=mlp_width)
+            config = dataclasses.replace(small[0], text=text)
+            assert open_clip.config_from_json(open_clip.config_to_json(config), "a file") == config
+
+
+@pytest.mark.parametrize(
     ("section", "field", "value", "message"),
     [
+        ("text_config", "num_hidden_layers", 10**9, "at most"),
+        ("vision_config", "hidden_size", 2**40, "at most"),
         ("text_config", "layer_norm_eps", 1e-6, "layer_norm_eps"),
         ("vision_config", "hidden_act", "quick_gelu", "hidden_act"),
         ("text_config", "hidden_act", "relu", "hidden_act"),
@@ -222,8 +253,17 @@ def test_sharded_huggingface_folder(small, tmp_path):
     whole.unlink()
     assert_same_model(small, load_variables(tmp_path / "m"))
     index["weight_map"]["logit_scale"] = "../a.safetensors"
-    (tmp_path / "m" / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(UserError, match="outside"):
+    for bad, message in ((index, "outside"), ({"weight_map": []}, "no weight_map")):
+        (tmp_path / "m" / "model.safetensors.index.json").write_text(json.dumps(bad))
+        with pytest.raises(UserError, match=message):
+            load_variables(tmp_path / "m")
+
+
+@pytest.mark.parametrize("values", [{"image_mean": 3}, {"image_mean": [1, 2]}, {"image_std": ["a", "b", "c"]}])
+def test_huggingface_preprocessing_that_makes_no_sense(small, tmp_path, values):
+    save(tmp_path / "m", *small, "huggingface")
+    (tmp_path / "m" / "preprocessor_config.json").write_text(json.dumps(values))
+    with pytest.raises(UserError, match=r"preprocessor_config\.json"):
         load_variables(tmp_path / "m")
 
 
@@ -244,6 +284,10 @@ def test_converted_checkpoint_notices_damage(small, tmp_path):
     file.write_text(json.dumps(values))
     with pytest.raises(UserError, match="damaged: params/text/ln_final/bias"):
         load_variables(tmp_path / "m")
+    for part in ("crc32", "config"):
+        file.write_text(json.dumps(values | {part: []}))
+        with pytest.raises(UserError, match="damaged: config or crc32"):
+            load_variables(tmp_path / "m")
     values["version"] = 2
     file.write_text(json.dumps(values))
     with pytest.raises(UserError, match="version 2"):
@@ -260,6 +304,18 @@ def test_converted_checkpoint_without_its_arrays(small, tmp_path):
             file.write_bytes(file.read_bytes()[:100])
     with pytest.raises(UserError, match="damaged"):
         load_variables(tmp_path / "m")
+
+
+@pytest.mark.parametrize("to", ["jax", "openai", "open_clip"])
+def test_target_that_cannot_be_written(archive, tmp_path, to):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="cannot write"):
+        save(tmp_path / "file" / "model", *load_variables(archive[2]), to)
+
+
+def test_format_that_does_not_exist(small, tmp_path):
+    with pytest.raises(UserError, match="'onnx'; expected one of jax"):
+        save(tmp_path / "m", *small, "onnx")
 
 
 @pytest.mark.parametrize("name", ["nothing", "ViT-B-32", "."])
@@ -295,9 +351,24 @@ def test_script_converts_both_ways_and_verifies(archive, tmp_path, capsys, monke
     )
     with pytest.raises(UserError, match="both SRC and DST"):
         convert_torch_weights.main([str(tmp_path / "jax"), str(tmp_path / "b"), "--verify"])
-    monkeypatch.setattr(verify, "HIDDEN_TOLERANCE", 0.0)
+
+    def corrupt(target, config, variables, _):
+        variables["params"]["visual"]["conv1"]["kernel"][0, 0, 0, 0] += 0.01
+        save(target, config, variables, "jax")
+
+    monkeypatch.setattr(convert_torch_weights, "save", corrupt)
     assert convert_torch_weights.main([path, str(tmp_path / "c"), "--verify"]) == 1
-    assert "out of tolerance" in capsys.readouterr().out.splitlines()[-1]
+    table = capsys.readouterr().out.splitlines()
+    assert "out of tolerance" in table[-1] and any("image features" in line and "tolerance" in line for line in table)
+    assert not any("text" in line and "out of tolerance" in line for line in table)
+
+
+@pytest.mark.parametrize("package", ["torch", "clip"])
+def test_verify_without_its_packages(archive, monkeypatch, package):
+    monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.setattr(verify.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"not installed: pip install -r requirements-test\.txt"):
+        openai_model(archive[2], archive[1])
 
 
 def test_verify_notices_one_wrong_number(archive):

@@ -144,6 +144,29 @@ def test_malformed_pickles(data):
 
 
 @pytest.mark.parametrize(
+    "ending",
+    [b")\x81.", b"Q.", b"N\x93.", b")R."],
+    ids=["built", "persistent", "named", "called"],
+)
+def test_values_too_long_to_print(ending):
+    """A tuple of twice a tuple of twice a tuple ...: 2^20 numbers in a few bytes, which no message may spell out."""
+    data = b"\x80\x04K\x01" + b"".join(b"\x94h" + bytes([i]) + b"\x86" for i in range(20)) + ending
+    tracemalloc.start()
+    with pytest.raises(UserError) as error:
+        unpickle(data, lambda *_: np.zeros(4, np.float32))
+    assert tracemalloc.get_traced_memory()[1] < 2**20
+    tracemalloc.stop()
+    assert len(str(error.value)) < 500
+
+
+def test_long_names_are_not_multiplied(tmp_path):
+    name = b"X" + struct.pack("<I", 10**5) + b"n" * 10**5
+    module = b"c__torch__.a\nB\n)\x81}"
+    data = b"\x80\x02" + module + name + module + tensor_pickle()[3:-2] + b"sbsb."
+    refused(write_archive(tmp_path / "a.pt", data), "longer than 1000")
+
+
+@pytest.mark.parametrize(
     "numbers",
     [
         {"numel": 5},
