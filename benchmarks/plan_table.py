@@ -69,7 +69,8 @@ def row(plan: dict) -> str:
     """One line of the table."""
     settings = plan["settings"]
     mesh = "x".join(str(settings[f"mesh.{axis}"]) for axis in ("data", "fsdp", "tensor"))
-    chosen = f"mesh {mesh}, remat {settings['remat']}, microbatches {settings['microbatches']}"
+    turn = f"block_tokens {settings['block_tokens']:,}, unroll {settings['unroll']}"
+    chosen = f"mesh {mesh}, remat {settings['remat']}, {turn}, microbatches {settings['microbatches']}"
     gib = [f"{plan[f'hbm_bytes_{kind}'] / GIB:.2f}" for kind in ("arguments", "temporaries", "peak", "limit")]
     cells = [plan["model"], plan["topology"], f"{plan['global_batch']:,}", chosen, *gib]
     if plan["collectives"] is None:

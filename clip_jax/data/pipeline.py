@@ -37,7 +37,6 @@ def train_batches(
     batch_size: int,
     image_resolution: int,
     context_length: int = 77,
-    max_shift: float = 0.0,
     start_step: int = 0,
     process_index: int = 0,
     process_count: int = 1,
@@ -51,7 +50,6 @@ def train_batches(
         batch_size: Of all hosts together.
         image_resolution: R, to which images are resized, then cropped at random (paper, section 2.3).
         context_length: Tokens of a text; longer captions are truncated.
-        max_shift: Additionally moves the image by up to this share of R in both directions, chosen at random.
         start_step: The step to begin with, when resuming.
         process_index: This host.
         process_count: The number of hosts; each takes an equal, contiguous share of every batch.
@@ -66,7 +64,7 @@ def train_batches(
     local_size, remainder = divmod(batch_size, process_count)
     if remainder or not local_size:
         raise UserError(f"batch_size {batch_size} does not divide by the number of hosts, {process_count}")
-    reader = _TrainReader(tuple(sources), tuple(weights), seed, image_resolution, context_length, max_shift)
+    reader = _TrainReader(tuple(sources), tuple(weights), seed, image_resolution, context_length)
     first = np.int64(batch_size) * start_step + process_index * local_size
     shares = (np.arange(start, start + local_size) for start in itertools.count(first, batch_size))
     return _prefetched(reader.read, shares)
@@ -109,7 +107,6 @@ class _TrainReader:
     seed: int
     image_resolution: int
     context_length: int
-    max_shift: float
 
     def read(self, positions: Int64[np.ndarray, "n"]) -> Batch:
         source_numbers, indices = self._locate(positions)
@@ -138,7 +135,6 @@ class _TrainReader:
         with _naming(source, index):
             example = source[index]
             image = random_square_crop(example.image, self.image_resolution, generator)
-            image = _shifted(image, round(self.max_shift * self.image_resolution), generator)
             return image, _tokens(_choose_caption(example, generator), self.context_length)
 
 
@@ -151,17 +147,6 @@ def _choose_caption(example: Example, generator: np.random.Generator) -> str:
     if not example.captions:
         raise UserError("expected at least one caption, got none")
     return example.captions[generator.integers(len(example.captions))]
-
-
-def _shifted(
-    image: UInt8[np.ndarray, "side side 3"], reach: int, generator: np.random.Generator
-) -> UInt8[np.ndarray, "side side 3"]:
-    """The image moved by up to `reach` pixels either way; its edges are repeated into the gap."""
-    if not reach:
-        return image
-    places = np.arange(len(image)) + generator.integers(-reach, reach, (2, 1), endpoint=True)
-    rows, columns = np.clip(places, 0, len(image) - 1)
-    return image[rows][:, columns]
 
 
 @contextlib.contextmanager

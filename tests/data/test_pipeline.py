@@ -119,17 +119,6 @@ def test_crops_and_captions_of_a_sample_differ_between_epochs():
         assert 0 < (epoch_1 == epoch_2).sum() < 40
 
 
-def test_max_shift_moves_the_image_and_repeats_its_edge():
-    (plain,), (moved,) = (take(1, max_shift=shift, sources=SOURCES[:1], weights=(1.0,)) for shift in (0.0, 0.25))
-    places = {move: np.clip(np.arange(8) + move, 0, 7) for move in range(-2, 3)}
-    moves = []
-    for before, after in zip(plain["image"], moved["image"], strict=True):
-        matches = [(y, x) for y in places for x in places if (before[places[y]][:, places[x]] == after).all()]
-        assert len(matches) == 1
-        moves += matches
-    assert len({y for y, _ in moves}) > 2 and len({x for _, x in moves}) > 2 and len(set(moves)) > 5
-
-
 def test_long_captions_are_truncated():
     class Long(Numbered):
         def __getitem__(self, index):
