@@ -32,6 +32,8 @@ class BatchNorm(nn.Module):
     def __call__(
         self, x: Float[Array, "batch height width channels"], train: bool
     ) -> Float[Array, "batch height width channels"]:
+        # A convolution comes before each: its kernel shall be gathered, where the partitioner might move activations.
+        x = nn.with_logical_constraint(x, ("batch", "height", "width", "features"))
         channels = x.shape[-1]
         running_mean = self.variable("batch_stats", "mean", jnp.zeros, (channels,))
         running_var = self.variable("batch_stats", "var", jnp.ones, (channels,))
