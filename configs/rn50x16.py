@@ -11,4 +11,6 @@ from configs import paper
 
 def get_config() -> ConfigDict:
     """The paper's recipe."""
-    return paper("RN50x16", learning_rate=4e-4)
+    config = paper("RN50x16", learning_rate=4e-4)
+    config.microbatches = 4  # of 32,768 examples on 256 chips of 16 GiB
+    return config

@@ -50,7 +50,9 @@ def test_a_vit_learns_the_same_on_every_mesh(sizes):
 
 
 def test_a_resnet_normalises_over_the_global_batch():
-    check_same_as_on_one_device(tiny.RESNET, (4, 2, 1))
+    # All collectives are over all devices here: XLA's CPU devices can wait for each other in vain where the statistics'
+    # sums, over all, and the text tower's gathers, over pairs, are independent.
+    check_same_as_on_one_device(tiny.RESNET, (1, 8, 1))
 
 
 @pytest.mark.parametrize("sizes", [(1, 4, 1), (2, 2, 2)], ids=str)
