@@ -137,6 +137,7 @@ class AttentionPool2d(nn.Module):
         positions = self.param("positional_embedding", normal(std, "positions", "embed"), (self.tokens, channels))
         x = x.reshape(batch, -1, channels)
         x = jnp.concatenate([x.mean(axis=1, keepdims=True), x], axis=1) + positions.astype(dtype)[None]
+        x = nn.with_logical_constraint(x, ("batch", "length", "features"))
         kernel_init, bias_init = normal(std, "embed", "heads", "head_dim"), torch_linear(channels, "heads", "head_dim")
         query, key, value = (
             ToHeads(self.heads, dtype, kernel_init, bias_init, name=name)(tokens)
