@@ -14,7 +14,7 @@ from clip_jax.training.config import RunConfig
 from clip_jax.training.plan import main_plan
 from clip_jax.training.topologies import parse_topology
 
-# Slow, although it takes seconds: libtpu and eight virtual CPU devices in one process have ended it once.
+# Slow: the TPU compiler takes a minute or more, and is an optional requirement.
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(
