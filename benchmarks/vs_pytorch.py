@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 
-from clip_jax.models import CLIP, OPENAI_MODELS, CLIPConfig, Execution, ResNetConfig
+from clip_jax.models import CLIP, OPENAI_MODELS, CLIPConfig
 from clip_jax.parallel import MeshSizes, make_mesh
 from clip_jax.training.loop import to_devices
 from clip_jax.training.optimizer import OptimizerConfig, make_optimizer
@@ -98,9 +98,7 @@ def train_contestants(config: CLIPConfig, with_compile: bool) -> Contestants:
 def jax_train_step(config: CLIPConfig, images: np.ndarray, tokens: np.ndarray) -> Callable[[], None]:
     """The very step that train.py runs."""
     mesh = make_mesh(MeshSizes(), jax.devices()[:1])
-    # Memory that is new costs a CPU more than what a ViT's blocks compute between their products.
-    execution = Execution() if isinstance(config.vision, ResNetConfig) else Execution(remat="dots")
-    model, optimizer = CLIP(config, execution), make_optimizer(OptimizerConfig(learning_rate=1e-5), 1_000_000)
+    model, optimizer = CLIP(config), make_optimizer(OptimizerConfig(learning_rate=1e-5), 1_000_000)
     step = make_train_step(model, optimizer, StepConfig(), mesh)
     batch = to_devices({"image": images, "text": tokens}, mesh)
     state = [initial_state(model, optimizer, mesh, seed=0)]
