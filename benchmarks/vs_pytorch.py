@@ -2,17 +2,22 @@
 
   python -m benchmarks.vs_pytorch [--models ViT-B/32 RN50] [--compile] [--output FILE.md]
 
-Random weights, float32, the same batch, both libraries on all cores. Each round times every contestant once, in turn,
-so that a machine whose speed drifts slows all of them; the figures are medians over the rounds.
+Random weights, float32, the same batch, both libraries on all cores. Every contestant has a process of its own, as it
+would for a user. Each round times every contestant once, in turn, while the others wait, so that a machine whose speed
+drifts slows all of them; the figures are medians over the rounds.
 """
 
 import argparse
+import multiprocessing
 import os
 import platform
+import resource
 import statistics
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import jax
@@ -20,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 
-from clip_jax.models import CLIP, OPENAI_MODELS, CLIPConfig
+from clip_jax.models import CLIP, OPENAI_MODELS, CLIPConfig, ResNetConfig
 from clip_jax.parallel import MeshSizes, make_mesh
 from clip_jax.training.loop import to_devices
 from clip_jax.training.optimizer import OptimizerConfig, make_optimizer
@@ -29,7 +34,9 @@ from clip_jax.training.step import StepConfig, make_train_step
 from clip_jax.weights.verify import openai_classes
 
 FORWARD_BATCH, TRAIN_BATCH = 32, 16
-Contestants = dict[str, Callable[[], None]]
+GIB = 2**30
+Run = Callable[[], None]
+Contestants = dict[str, Callable[[], Run]]  # what makes a run, in the contestant's own process
 
 
 def main() -> None:
@@ -42,61 +49,77 @@ def main() -> None:
     flags = parser.parse_args()
     rows = []
     for name in flags.models:
-        config = OPENAI_MODELS[name]
-        for what, batch, contestants in (
-            ("image tower forward", FORWARD_BATCH, forward_contestants(config, flags.compile)),
-            ("train step", TRAIN_BATCH, train_contestants(config, flags.compile)),
+        for what, batch, ours, theirs in (
+            ("image tower forward", FORWARD_BATCH, jax_forward, torch_forward),
+            ("train step", TRAIN_BATCH, jax_train_step, torch_train_step),
         ):
-            seconds = race(contestants, flags.rounds)
-            rows += table_rows(name, what, batch, seconds)
+            contestants = {"clip_jax": partial(ours, name)}
+            for label, options in torch_variants(OPENAI_MODELS[name], flags.compile).items():
+                contestants[label] = partial(theirs, name, **options)
+            seconds, memory = race(contestants, flags.rounds)
+            rows += table_rows(name, what, batch, seconds, memory)
             print("\n".join(rows[-len(seconds) :]), flush=True)
     if flags.output:
         flags.output.write_text(header() + "\n".join(rows) + "\n")
 
 
-def forward_contestants(config: CLIPConfig, with_compile: bool) -> Contestants:
-    """Image features of one batch."""
-    side = config.vision.image_resolution
-    images = np.random.default_rng(0).normal(size=(FORWARD_BATCH, side, side, 3)).astype(np.float32)
-    model = CLIP(config)
-    tokens = jnp.zeros((1, config.text.context_length), jnp.int32)
-    variables = jax.jit(model.init)(jax.random.key(0), images[:1], tokens)
-    encode = jax.jit(lambda variables, images: model.apply(variables, images, method=model.encode_image))
-    on_device = jnp.asarray(images)
-    reference = torch_model(config).eval()
-    channels_first = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
-
-    def with_torch(tower: Callable) -> Callable[[], None]:
-        def run() -> None:
-            with torch.inference_mode():
-                tower(channels_first)
-
-        return run
-
-    contestants = {
-        "clip_jax": lambda: encode(variables, on_device).block_until_ready(),
-        "PyTorch": with_torch(reference.visual),
-    }
+def torch_variants(config: CLIPConfig, with_compile: bool) -> dict[str, dict[str, bool]]:
+    """The ways to run the PyTorch model: eager or compiled, and for convolutions channels first or last."""
+    variants = {"PyTorch": {"compiled": False, "channels_last": False}}
+    if isinstance(config.vision, ResNetConfig):
+        variants["PyTorch, channels last"] = {"compiled": False, "channels_last": True}
     if with_compile:
-        contestants["PyTorch, compiled"] = with_torch(torch.compile(reference.visual))
-    return contestants
+        variants |= {f"{label}, compiled": {**options, "compiled": True} for label, options in variants.items()}
+    return variants
 
 
-def train_contestants(config: CLIPConfig, with_compile: bool) -> Contestants:
-    """Both towers, the loss over the batch, gradients and AdamW with the paper's settings."""
+def forward_batch(config: CLIPConfig) -> np.ndarray:
+    """Normalised images, (FORWARD_BATCH, R, R, 3)."""
+    side = config.vision.image_resolution
+    return np.random.default_rng(0).normal(size=(FORWARD_BATCH, side, side, 3)).astype(np.float32)
+
+
+def train_batch(config: CLIPConfig) -> tuple[np.ndarray, np.ndarray]:
+    """Images as bytes and tokens that end in end-of-text."""
     rng, side = np.random.default_rng(0), config.vision.image_resolution
     images = rng.integers(0, 256, (TRAIN_BATCH, side, side, 3), dtype=np.uint8)
     tokens = rng.integers(1, 49_000, (TRAIN_BATCH, config.text.context_length), dtype=np.int32)
     tokens[:, -1] = 49_407
-    contestants = {"clip_jax": jax_train_step(config, images, tokens)}
-    contestants["PyTorch"] = torch_train_step(config, images, tokens, compiled=False)
-    if with_compile:
-        contestants["PyTorch, compiled"] = torch_train_step(config, images, tokens, compiled=True)
-    return contestants
+    return images, tokens
 
 
-def jax_train_step(config: CLIPConfig, images: np.ndarray, tokens: np.ndarray) -> Callable[[], None]:
-    """The very step that train.py runs."""
+def jax_forward(name: str) -> Run:
+    """Image features of one batch."""
+    config = OPENAI_MODELS[name]
+    model, images = CLIP(config), jnp.asarray(forward_batch(config))
+    tokens = jnp.zeros((1, config.text.context_length), jnp.int32)
+    variables = jax.jit(model.init)(jax.random.key(0), images[:1], tokens)
+    encode = jax.jit(lambda variables, images: model.apply(variables, images, method=model.encode_image))
+    return lambda: encode(variables, images).block_until_ready()
+
+
+def torch_forward(name: str, compiled: bool, channels_last: bool) -> Run:
+    """The same by OpenAI's class."""
+    config = OPENAI_MODELS[name]
+    tower = torch_model(config).eval().visual
+    images = torch.from_numpy(forward_batch(config)).permute(0, 3, 1, 2)  # channels last in memory
+    if channels_last:
+        tower = tower.to(memory_format=torch.channels_last)
+    else:
+        images = images.contiguous()
+    tower = torch.compile(tower) if compiled else tower
+
+    def run() -> None:
+        with torch.inference_mode():
+            tower(images)
+
+    return run
+
+
+def jax_train_step(name: str) -> Run:
+    """The very step that train.py runs: both towers, the loss over the batch, gradients, AdamW."""
+    config = OPENAI_MODELS[name]
+    images, tokens = train_batch(config)
     mesh = make_mesh(MeshSizes(), jax.devices()[:1])
     model, optimizer = CLIP(config), make_optimizer(OptimizerConfig(learning_rate=1e-5), 1_000_000)
     step = make_train_step(model, optimizer, StepConfig(), mesh)
@@ -104,22 +127,27 @@ def jax_train_step(config: CLIPConfig, images: np.ndarray, tokens: np.ndarray) -
     state = [initial_state(model, optimizer, mesh, seed=0)]
 
     def run() -> None:
-        state[0], metrics = step(state[0], batch)
-        metrics["loss"].block_until_ready()
+        state[0], _ = step(state[0], batch)
+        jax.block_until_ready(state[0])
 
     return run
 
 
-def torch_train_step(config: CLIPConfig, images: np.ndarray, tokens: np.ndarray, compiled: bool) -> Callable[[], None]:
+def torch_train_step(name: str, compiled: bool, channels_last: bool) -> Run:
     """The same step written with torch.optim.AdamW and two parameter groups."""
+    config = OPENAI_MODELS[name]
+    images, tokens = (torch.from_numpy(x) for x in train_batch(config))
+    images, tokens, labels = images.permute(0, 3, 1, 2), tokens.long(), torch.arange(TRAIN_BATCH)
     model = torch_model(config).train()
+    if channels_last:
+        model.visual.to(memory_format=torch.channels_last)
+    else:
+        images = images.contiguous()
     gains = [p for name, p in model.named_parameters() if p.ndim < 2 and "embedding" not in name]
     weights = [p for name, p in model.named_parameters() if p.ndim >= 2 or "embedding" in name]
     groups = [{"params": weights, "weight_decay": 0.2}, {"params": gains, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=1e-5, betas=(0.9, 0.98), eps=1e-6)
     mean, std = (torch.tensor(x).reshape(1, 3, 1, 1) for x in (config.image_mean, config.image_std))
-    images, tokens = torch.from_numpy(images).permute(0, 3, 1, 2), torch.from_numpy(tokens).long()
-    labels = torch.arange(len(tokens))
 
     def loss_of(images: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
         logits, transposed = model((images.float() / 255 - mean) / std, tokens)
@@ -156,26 +184,47 @@ def torch_model(config: CLIPConfig) -> torch.nn.Module:
     )
 
 
-def race(contestants: Contestants, rounds: int) -> dict[str, list[float]]:
-    """Seconds of every contestant in every round, after two turns to warm up."""
-    for run in contestants.values():
-        run()
-        run()
-    seconds = {name: [] for name in contestants}
+def race(contestants: Contestants, rounds: int) -> tuple[dict[str, list[float]], dict[str, float]]:
+    """Seconds of every contestant in every round, and the most memory in GiB that its process ever held."""
+    context = multiprocessing.get_context("spawn")
+    ends = {}
+    for name, make in contestants.items():
+        ends[name], far_end = context.Pipe()
+        context.Process(target=contestant, args=(make, far_end), daemon=True).start()
+        ends[name].recv()  # one after the other: getting ready takes all cores
+    seconds, memory = {name: [] for name in contestants}, {}
     for _ in range(rounds):
-        for name, run in contestants.items():
-            start = time.perf_counter()
-            run()
-            seconds[name].append(time.perf_counter() - start)
-    return seconds
+        for name, end in ends.items():
+            end.send("run")
+            elapsed, memory[name] = end.recv()
+            seconds[name].append(elapsed)
+    for end in ends.values():
+        end.send("stop")
+    return seconds, memory
 
 
-def table_rows(model: str, what: str, batch: int, seconds: dict[str, list[float]]) -> list[str]:
+def contestant(make: Callable[[], Run], end: Connection) -> None:
+    """In a process of its own: get ready, with two turns to warm up, then run when told to, and report."""
+    run = make()
+    run()
+    run()
+    end.send("ready")
+    while end.recv() == "run":
+        start = time.perf_counter()
+        run()
+        elapsed = time.perf_counter() - start
+        end.send((elapsed, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB))
+
+
+def table_rows(
+    model: str, what: str, batch: int, seconds: dict[str, list[float]], memory: dict[str, float]
+) -> list[str]:
     """One Markdown row a contestant: rate, and how many times as fast clip_jax is, round by round."""
     rows = []
     for name, times in seconds.items():
         ratio = statistics.median(other / ours for other, ours in zip(times, seconds["clip_jax"], strict=True))
-        rows.append(f"| {model} | {what} | {batch} | {name} | {batch / statistics.median(times):.1f} | {ratio:.2f} |")
+        rate = batch / statistics.median(times)
+        rows.append(f"| {model} | {what} | {batch} | {name} | {rate:.1f} | {ratio:.2f} | {memory[name]:.1f} |")
     return rows
 
 
@@ -186,7 +235,8 @@ def header() -> str:
     return (
         "# Against OpenAI's PyTorch model\n\n`python -m benchmarks.vs_pytorch --compile`: "
         f"float32, {machine}; jax {jax.__version__}, torch {torch.__version__}.\n\n"
-        "| model | what | batch | contestant | examples/s | clip_jax is faster by |\n|---|---|---:|---|---:|---:|\n"
+        "| model | what | batch | contestant | examples/s | clip_jax is faster by | peak memory, GiB |\n"
+        "|---|---|---:|---|---:|---:|---:|\n"
     )
 
 

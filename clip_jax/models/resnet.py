@@ -78,7 +78,15 @@ def conv(features: int, kernel: int, fan_in: int, dtype: jnp.dtype, stride: int 
         use_bias=False,
         dtype=dtype,
         kernel_init=torch_linear(fan_in * kernel**2, "kernel_height", "kernel_width", "channels_in", "channels"),
+        conv_general_dilated=pointwise if kernel == 1 else None,
     )
+
+
+def pointwise(
+    x: Float[Array, "batch height width _in"], kernel: Float[Array, "1 1 _in _out"], *_, precision, **__
+) -> Float[Array, "batch height width _out"]:
+    """A 1x1 convolution as the matrix product that it is: XLA on CPUs differentiates that several times as fast."""
+    return jnp.einsum("bhwi,io->bhwo", x, kernel[0, 0], precision=precision)
 
 
 def average_pool(
