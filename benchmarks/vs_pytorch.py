@@ -3,8 +3,9 @@
   python -m benchmarks.vs_pytorch [--models ViT-B/32 RN50] [--compile] [--output FILE.md]
 
 Random weights, float32, the same batch, both libraries on all cores. Every contestant has a process of its own, as it
-would for a user. Each round times every contestant once, in turn, while the others wait, so that a machine whose speed
-drifts slows all of them; the figures are medians over the rounds.
+would for a user. They take turns while the others wait, so that a machine whose speed drifts slows all of them; a turn
+is one run that is not timed and two that are, because memory that lay idle costs the first one extra. The figures are
+medians over the rounds.
 """
 
 import argparse
@@ -34,6 +35,7 @@ from clip_jax.training.step import StepConfig, make_train_step
 from clip_jax.weights.verify import openai_classes
 
 FORWARD_BATCH, TRAIN_BATCH = 32, 16
+TIMED_RUNS = 2  # a turn
 GIB = 2**30
 Run = Callable[[], None]
 Contestants = dict[str, Callable[[], Run]]  # what makes a run, in the contestant's own process
@@ -43,7 +45,7 @@ def main() -> None:
     """Time, print a table, and write it if asked."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=["ViT-B/32", "RN50"], choices=list(OPENAI_MODELS))
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--compile", action="store_true", help="also torch.compile (slow to start)")
     parser.add_argument("--output", type=Path, metavar="FILE.md")
     flags = parser.parse_args()
@@ -185,7 +187,7 @@ def torch_model(config: CLIPConfig) -> torch.nn.Module:
 
 
 def race(contestants: Contestants, rounds: int) -> tuple[dict[str, list[float]], dict[str, float]]:
-    """Seconds of every contestant in every round, and the most memory in GiB that its process ever held."""
+    """Seconds a run of every contestant in every round, and the most memory in GiB that its process ever held."""
     context = multiprocessing.get_context("spawn")
     ends = {}
     for name, make in contestants.items():
@@ -204,15 +206,16 @@ def race(contestants: Contestants, rounds: int) -> tuple[dict[str, list[float]],
 
 
 def contestant(make: Callable[[], Run], end: Connection) -> None:
-    """In a process of its own: get ready, with two turns to warm up, then run when told to, and report."""
+    """In a process of its own: get ready (compile), then take a turn when told to, and report."""
     run = make()
-    run()
     run()
     end.send("ready")
     while end.recv() == "run":
-        start = time.perf_counter()
         run()
-        elapsed = time.perf_counter() - start
+        start = time.perf_counter()
+        for _ in range(TIMED_RUNS):
+            run()
+        elapsed = (time.perf_counter() - start) / TIMED_RUNS
         end.send((elapsed, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB))
 
 
