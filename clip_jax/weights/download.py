@@ -11,6 +11,7 @@ import os
 import ssl
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -79,8 +80,8 @@ def fetch(name: str, download_root: str | Path | None = None, patience: Patience
     """
     sha256, file_name = OFFICIAL_FILES[name]
     mirror = os.environ.get(MIRROR_VARIABLE) or ADDRESS
-    if not mirror.startswith(("https://", "http://")):
-        raise UserError(f"{MIRROR_VARIABLE} must start with https:// or http://, got {mirror!r}")
+    if not _is_address(mirror):
+        raise UserError(f"{MIRROR_VARIABLE} must be an address like https://HOST/PATH, got {mirror!r}")
     url = f"{mirror.rstrip('/')}/{sha256}/{file_name}"
     path = cache_folder(download_root) / file_name
     try:
@@ -93,6 +94,14 @@ def fetch(name: str, download_root: str | Path | None = None, patience: Patience
     except OSError as error:
         raise UserError(f"cannot write {path}: {error}; choose another cache with {CACHE_VARIABLE}") from error
     return path
+
+
+def _is_address(text: str) -> bool:
+    try:
+        parts = urllib.parse.urlsplit(text)
+        return parts.scheme in ("https", "http") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # an open bracket, a port that is no number
+        return False
 
 
 @contextmanager
@@ -135,6 +144,8 @@ def _fill(url: str, part: Path, patience: Patience) -> None:
             reason = f"the server answered {error.code}"
         except (urllib.error.URLError, http.client.HTTPException, TimeoutError, ConnectionError, ssl.SSLError) as error:
             reason = str(error) or type(error).__name__
+        except ValueError as error:  # what urllib makes of a redirect to something that is no address
+            raise UserError(f"{url} redirects to something that is no address: {error}") from error
         failures = 0 if _size(part) > before else failures + 1
         if failures == patience.attempts:
             raise UserError(f"cannot download {url}: {reason}, {failures} times in a row; what came is kept in {part}")

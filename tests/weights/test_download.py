@@ -177,6 +177,16 @@ def test_redirect_to_a_local_file_is_not_followed(server, tmp_path):
     refused(tmp_path, "302")
 
 
+def test_redirect_to_no_address_is_refused(server, tmp_path):
+    def redirect(handler, _):
+        handler.send_response(302)
+        handler.send_header("Location", "http://[::1")
+        handler.end_headers()
+
+    server(redirect)
+    refused(tmp_path, "redirects to something that is no address")
+
+
 def test_missing_file_fails_at_once(server, tmp_path):
     requests = server(lambda handler, _: handler.send_error(404))
     refused(tmp_path, "404")
@@ -200,8 +210,9 @@ def test_nobody_answers(tmp_path, monkeypatch):
     refused(tmp_path, "3 times in a row")
 
 
-def test_mirror_that_is_no_address(tmp_path, monkeypatch):
-    monkeypatch.setenv(download.MIRROR_VARIABLE, "mirror.example")
+@pytest.mark.parametrize("mirror", ["mirror.example", "https://", "http://[::1", "http://host:port"])
+def test_mirror_that_is_no_address(tmp_path, monkeypatch, mirror):
+    monkeypatch.setenv(download.MIRROR_VARIABLE, mirror)
     refused(tmp_path, "https://")
 
 
