@@ -11,6 +11,4 @@ from configs import paper
 
 def get_config() -> ConfigDict:
     """The paper's recipe."""
-    config = paper("RN50x16", learning_rate=4e-4)
-    config.microbatches = 4  # of 32,768 examples on 256 chips of 16 GiB
-    return config
+    return paper("RN50x16", learning_rate=4e-4)
