@@ -13,7 +13,7 @@ from clip_jax.weights.verify import compare, openai_outputs, our_outputs, random
 from tests.reference_models import ODD_RESNET, ODD_VIT, random_openai_model, save_torchscript
 
 MODELS = {"odd ViT": ODD_VIT, "odd ResNet": ODD_RESNET, **OPENAI_MODELS}
-BY_DEFAULT = ("odd ViT", "odd ResNet", "RN50", "RN50x4", "ViT-B/32", "ViT-L/14")
+BY_DEFAULT = ("odd ViT", "odd ResNet", "RN50", "RN50x4", "ViT-B/32", "ViT-B/16")
 
 
 @pytest.mark.parametrize(
