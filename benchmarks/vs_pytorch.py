@@ -32,11 +32,11 @@ from clip_jax.training.loop import to_devices
 from clip_jax.training.optimizer import OptimizerConfig, make_optimizer
 from clip_jax.training.state import initial_state
 from clip_jax.training.step import StepConfig, make_train_step
+from clip_jax.training.topologies import GIB
 from clip_jax.weights.verify import openai_classes
 
 FORWARD_BATCH, TRAIN_BATCH = 32, 16
 TIMED_RUNS = 2  # a turn
-GIB = 2**30
 Run = Callable[[], None]
 Contestants = dict[str, Callable[[], Run]]  # what makes a run, in the contestant's own process
 
