@@ -51,7 +51,7 @@ def main(argv: Sequence[str]) -> None:
         rows = [benchmark_row(result, config.name, weights) for result in results]
         Path(flags.output).write_text(json.dumps(rows, indent=2, allow_nan=False) + "\n")
     if flags.report:
-        from clip_jax.evaluation.report import write_report
+        from clip_jax.reports.zero_shot import write_report
         from clip_jax.training.metrics import read_metrics
 
         write_report(flags.report, f"clip_jax: {config.name}", read_metrics(weights), results)

@@ -31,7 +31,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jax.stages import Compiled
 
-from clip_jax.training.losses import BATCH_AXES, sigmoid_loss_ring, softmax_loss_dense, softmax_loss_ring
+from clip_jax.losses.losses import BATCH_AXES, sigmoid_loss_ring, softmax_loss_dense, softmax_loss_ring
 
 RESULTS = Path(__file__).parent / "results" / "loss_memory.md"
 WIDTH = 512

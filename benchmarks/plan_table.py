@@ -12,9 +12,9 @@ from importlib import metadata
 from pathlib import Path
 
 from clip_jax.cli import load_config, override
-from clip_jax.training.ahead_of_time import make_plan, use_compiler_only
+from clip_jax.planner.ahead_of_time import make_plan, use_compiler_only
+from clip_jax.planner.topologies import GIB, parse_topology
 from clip_jax.training.config import RunConfig
-from clip_jax.training.topologies import GIB, parse_topology
 
 PLANS = Path(__file__).parent / "results" / "plans"
 PAGE = Path(__file__).parent.parent / "docs" / "pods.md"

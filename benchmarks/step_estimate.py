@@ -10,9 +10,9 @@ the config as it is. Memory is the compiler's fact, time an estimate (see clip_j
 import argparse
 
 from clip_jax.cli import load_config, override
-from clip_jax.training.ahead_of_time import Plan, make_plan, use_compiler_only
+from clip_jax.planner.ahead_of_time import Plan, make_plan, use_compiler_only
+from clip_jax.planner.topologies import GIB, parse_topology
 from clip_jax.training.config import RunConfig
-from clip_jax.training.topologies import GIB, parse_topology
 
 WHOLE = {"block_tokens": "0", "unroll": "1"}
 HEAD = (

@@ -19,7 +19,7 @@ from importlib import metadata
 
 import ftfy
 
-from clip_jax.tokenizer import bpe
+from clip_jax.processing import bpe
 
 Encode = Callable[[str], list[int]]
 

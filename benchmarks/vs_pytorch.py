@@ -28,11 +28,11 @@ import torch
 
 from clip_jax.models import CLIP, OPENAI_MODELS, CLIPConfig, ResNetConfig
 from clip_jax.parallel import MeshSizes, make_mesh
+from clip_jax.planner.topologies import GIB
 from clip_jax.training.loop import to_devices
 from clip_jax.training.optimizer import OptimizerConfig, make_optimizer
 from clip_jax.training.state import initial_state
 from clip_jax.training.step import StepConfig, make_train_step
-from clip_jax.training.topologies import GIB
 from clip_jax.weights.verify import openai_classes
 
 FORWARD_BATCH, TRAIN_BATCH = 32, 16

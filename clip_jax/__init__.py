@@ -3,9 +3,9 @@
 from pathlib import Path
 from typing import Any
 
-from clip_jax.data.preprocess import Preprocess
 from clip_jax.models import CLIP, CLIPConfig, Execution
-from clip_jax.tokenizer import tokenize
+from clip_jax.processing import tokenize
+from clip_jax.processing.images import Preprocess
 from clip_jax.weights import available_models
 
 __all__ = ["CLIP", "CLIPConfig", "Preprocess", "available_models", "load", "tokenize"]

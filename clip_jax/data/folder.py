@@ -3,8 +3,8 @@
 from pathlib import Path
 
 from clip_jax.data.example import Example
-from clip_jax.data.preprocess import open_image
 from clip_jax.errors import UserError
+from clip_jax.processing.images import open_image
 
 _SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 

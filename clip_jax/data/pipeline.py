@@ -18,9 +18,9 @@ from jaxtyping import Int32, Int64, UInt8
 
 from clip_jax.data.example import Example, Source
 from clip_jax.data.order import mixture_index, sample_generator, sample_index
-from clip_jax.data.preprocess import Preprocess, random_square_crop
 from clip_jax.errors import UserError
-from clip_jax.tokenizer import tokenize
+from clip_jax.processing import tokenize
+from clip_jax.processing.images import Preprocess, random_square_crop
 
 Batch = dict[str, np.ndarray]
 

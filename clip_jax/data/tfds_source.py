@@ -6,8 +6,8 @@ from typing import Any
 import tensorflow_datasets as tfds  # brings no TensorFlow along as long as only array records are used
 
 from clip_jax.data.example import Example
-from clip_jax.data.preprocess import open_image
 from clip_jax.errors import UserError
+from clip_jax.processing.images import open_image
 
 Path = tuple[str, ...]
 

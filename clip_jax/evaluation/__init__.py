@@ -1,1 +1,1 @@
-"""Judging: zero-shot classification, its metrics and the report."""
+"""Judging: zero-shot classification and its metrics."""

@@ -13,13 +13,13 @@ from jaxtyping import Array, Float, Int
 from tqdm import tqdm
 
 from clip_jax.data.pipeline import evaluation_batches
-from clip_jax.data.preprocess import Preprocess
 from clip_jax.data.sources import EvaluationSet
 from clip_jax.evaluation.metrics import classification_metrics
 from clip_jax.evaluation.prompts import fill, templates_for
 from clip_jax.models import CLIP, normalize
 from clip_jax.parallel import batch_sharding, batch_shards, replicated, use_mesh
-from clip_jax.tokenizer import tokenize
+from clip_jax.processing import tokenize
+from clip_jax.processing.images import Preprocess
 
 BATCH_SIZE = 256
 

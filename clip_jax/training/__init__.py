@@ -1,1 +1,1 @@
-"""Training: losses, optimizer, train step and loop, checkpoints, and the planner."""
+"""Training: optimizer, train step and loop, checkpoints."""

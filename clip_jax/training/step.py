@@ -11,11 +11,11 @@ import optax
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, UInt8
 
-from clip_jax.data.preprocess import Preprocess
 from clip_jax.errors import UserError
+from clip_jax.losses.losses import sigmoid_loss_ring, softmax_loss_ring
 from clip_jax.models import CLIP, normalize
 from clip_jax.parallel import batch_sharding, batch_shards, replicated, use_mesh
-from clip_jax.training.losses import sigmoid_loss_ring, softmax_loss_ring
+from clip_jax.processing.images import Preprocess
 from clip_jax.training.state import TrainState, state_shardings
 
 MAX_LOGIT_SCALE = float(np.log(100))

@@ -9,10 +9,10 @@ from PIL import Image
 from clip_jax.data.digits import Digits
 from clip_jax.data.example import Example
 from clip_jax.data.pipeline import evaluation_batches, train_batches
-from clip_jax.data.preprocess import Preprocess
 from clip_jax.errors import UserError
 from clip_jax.models.config import OPENAI_IMAGE_MEAN, OPENAI_IMAGE_STD
-from clip_jax.tokenizer import decode, tokenize
+from clip_jax.processing import decode, tokenize
+from clip_jax.processing.images import Preprocess
 
 
 class Numbered:

@@ -10,11 +10,11 @@ from PIL import Image
 from clip_jax.data.example import Example
 from clip_jax.data.sources import EvaluationSet
 from clip_jax.errors import UserError
-from clip_jax.evaluation.report import write_report
 from clip_jax.evaluation.zero_shot import Encoders, zero_shot, zero_shot_classifier
 from clip_jax.models import CLIP, CLIPConfig, TextConfig
 from clip_jax.parallel import MeshSizes, make_mesh
-from clip_jax.tokenizer import tokenize
+from clip_jax.processing import tokenize
+from clip_jax.reports.zero_shot import write_report
 from tests import tiny
 
 CONFIG = CLIPConfig(32, tiny.VIT.vision, TextConfig(32, 2, 64, 1, context_length=16))

@@ -10,8 +10,8 @@ import pytest
 import torch
 from flax.traverse_util import flatten_dict
 
+from clip_jax.losses.losses import softmax_loss_dense
 from clip_jax.models import CLIP, normalize
-from clip_jax.training.losses import softmax_loss_dense
 from clip_jax.training.optimizer import OptimizerConfig, make_optimizer
 from clip_jax.weights import openai
 from clip_jax.weights.mapping import leaves, to_variables

@@ -11,7 +11,7 @@ import pytest
 from clip_jax.errors import UserError
 from clip_jax.models import CLIP, Execution
 from clip_jax.parallel import MeshSizes, make_mesh, use_mesh
-from clip_jax.training.hlo import parse
+from clip_jax.planner.hlo import parse
 from clip_jax.training.loop import to_devices
 from clip_jax.training.optimizer import OptimizerConfig, make_optimizer
 from clip_jax.training.state import abstract_state, initial_state

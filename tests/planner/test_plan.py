@@ -9,11 +9,11 @@ import pytest
 
 from clip_jax.cli import load_config, override
 from clip_jax.errors import UserError
-from clip_jax.training import ahead_of_time, plan
-from clip_jax.training.ahead_of_time import Memory, Plan, bytes_needed, make_plan
+from clip_jax.planner import ahead_of_time, plan
+from clip_jax.planner.ahead_of_time import Memory, Plan, bytes_needed, make_plan
+from clip_jax.planner.hlo_cost import CostEstimate
+from clip_jax.planner.topologies import GIB, parse_topology
 from clip_jax.training.config import RunConfig
-from clip_jax.training.hlo_cost import CostEstimate
-from clip_jax.training.topologies import GIB, parse_topology
 
 SLICE = parse_topology("v5e-8")
 ROOM = SLICE.device.hbm_limit

@@ -9,10 +9,10 @@ from jax.experimental import topologies
 
 from clip_jax.cli import load_config, override
 from clip_jax.models import parameter_count
-from clip_jax.training.ahead_of_time import use_compiler_only
+from clip_jax.planner.ahead_of_time import use_compiler_only
+from clip_jax.planner.plan import main_plan
+from clip_jax.planner.topologies import parse_topology
 from clip_jax.training.config import RunConfig
-from clip_jax.training.plan import main_plan
-from clip_jax.training.topologies import parse_topology
 
 # Slow: the TPU compiler takes a minute or more, and is an optional requirement.
 pytestmark = [

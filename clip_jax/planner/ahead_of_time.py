@@ -21,13 +21,13 @@ from jax.experimental import topologies
 from clip_jax.errors import UserError
 from clip_jax.models import CLIP, parameter_count
 from clip_jax.parallel import batch_sharding, check_batch_size, make_mesh
+from clip_jax.planner.flops import train_flops
+from clip_jax.planner.hlo_cost import CostEstimate, estimate
+from clip_jax.planner.topologies import GIB, Topology
 from clip_jax.training.config import RunConfig
-from clip_jax.training.flops import train_flops
-from clip_jax.training.hlo_cost import CostEstimate, estimate
 from clip_jax.training.optimizer import make_optimizer
 from clip_jax.training.state import abstract_state
 from clip_jax.training.step import make_train_step
-from clip_jax.training.topologies import GIB, Topology
 
 INSTALL = "pip install -r requirements-tpu.txt"
 

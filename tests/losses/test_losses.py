@@ -15,7 +15,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from clip_jax.errors import UserError
-from clip_jax.training import losses, ring
+from clip_jax.losses import losses, ring
 
 BATCH, WIDTH = 184, 32  # 23 rows a device on 8 devices, 46 on 4
 MESHES = [(8, 1, 1), (4, 2, 1), (2, 2, 2), (1, 1, 1)]

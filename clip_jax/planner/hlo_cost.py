@@ -13,8 +13,8 @@ from collections import Counter, defaultdict
 from dataclasses import dataclass, field, fields
 from typing import NamedTuple
 
-from clip_jax.training.hlo import Op, Program, parse, shape_bytes
-from clip_jax.training.topologies import Device
+from clip_jax.planner.hlo import Op, Program, parse, shape_bytes
+from clip_jax.planner.topologies import Device
 
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute", "collective-broadcast")
 # Assumed until the first byte arrives: from a chip of the slice, and from a host of another one.

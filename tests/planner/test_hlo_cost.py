@@ -4,9 +4,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from clip_jax.training.hlo import parse, shape_bytes
-from clip_jax.training.hlo_cost import estimate, group_size
-from clip_jax.training.topologies import Device
+from clip_jax.planner.hlo import parse, shape_bytes
+from clip_jax.planner.hlo_cost import estimate, group_size
+from clip_jax.planner.topologies import Device
 
 # 1 GHz; 1 GB/s to memory; 1 GB/s over 4 links to other chips.
 DEVICE = Device(1e12, 1e9, 2**30, 1e9, 1e9, 4, 1e8)

@@ -9,7 +9,7 @@ import pytest
 from awkward_texts import awkward_texts
 
 from clip_jax.errors import UserError
-from clip_jax.tokenizer import END_OF_TEXT, START_OF_TEXT, VOCAB_SIZE, bpe, decode, encode, tokenize
+from clip_jax.processing import END_OF_TEXT, START_OF_TEXT, VOCAB_SIZE, bpe, decode, encode, tokenize
 
 
 def different(texts, reference) -> list[str]:
@@ -161,7 +161,7 @@ def test_foreign_vocabulary(monkeypatch, tmp_path):
 
 def test_needs_neither_torch_nor_tensorflow():
     code = (
-        "import sys; from clip_jax.tokenizer import tokenize; tokenize('a dog');"
+        "import sys; from clip_jax.processing import tokenize; tokenize('a dog');"
         "assert not {'torch', 'tensorflow', 'clip'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

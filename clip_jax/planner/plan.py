@@ -6,9 +6,9 @@ import dataclasses
 import json
 from pathlib import Path
 
-from clip_jax.training.ahead_of_time import Plan, make_plan, use_compiler_only
+from clip_jax.planner.ahead_of_time import Plan, make_plan, use_compiler_only
+from clip_jax.planner.topologies import GIB, parse_topology
 from clip_jax.training.config import RunConfig
-from clip_jax.training.topologies import GIB, parse_topology
 
 
 def main_plan(config: RunConfig, topology_name: str, output: str | None = None) -> None:

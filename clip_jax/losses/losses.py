@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
 from clip_jax.errors import UserError
-from clip_jax.training import ring
+from clip_jax.losses import ring
 
 BATCH_AXES = ("data", "fsdp")
 

@@ -7,7 +7,7 @@ import pytest
 from jax.extend.core import jaxprs_in_params
 
 from clip_jax.models import CLIP, OPENAI_MODELS
-from clip_jax.training.flops import forward_flops, train_flops
+from clip_jax.planner.flops import forward_flops, train_flops
 from tests import tiny
 
 

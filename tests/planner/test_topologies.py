@@ -1,7 +1,7 @@
 import pytest
 
 from clip_jax.errors import UserError
-from clip_jax.training.topologies import GENERATIONS, parse_topology
+from clip_jax.planner.topologies import GENERATIONS, parse_topology
 
 
 # Shapes as Google's documentation of each generation lists them.

@@ -10,9 +10,9 @@ import pytest
 import torch
 from PIL import Image
 
-from clip_jax.data.preprocess import FORMATS, MAX_PIXELS, Preprocess, open_image, random_square_crop
 from clip_jax.errors import UserError
 from clip_jax.models.config import OPENAI_IMAGE_MEAN, OPENAI_IMAGE_STD
+from clip_jax.processing.images import FORMATS, MAX_PIXELS, Preprocess, open_image, random_square_crop
 
 
 def torchvision_pixels(image: Image.Image, n: int) -> Image.Image:

@@ -1,0 +1,1 @@
+"""The contrastive losses, each dense and as a ring over the mesh."""

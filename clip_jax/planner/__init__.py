@@ -1,0 +1,1 @@
+"""What a run needs on a TPU slice, from the compiler, before anyone pays for it."""
