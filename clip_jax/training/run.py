@@ -10,6 +10,7 @@ from clip_jax.data.pipeline import train_batches
 from clip_jax.data.sources import make_sources
 from clip_jax.models import CLIP
 from clip_jax.parallel import check_batch_size, make_mesh
+from clip_jax.processing import Preprocess, make_tokenizer
 from clip_jax.training.checkpoint import Checkpoints, read_config, write_config
 from clip_jax.training.config import RunConfig, check_same_run
 from clip_jax.training.loop import Evaluate, LoopConfig, train
@@ -53,8 +54,8 @@ def run(values: Mapping[str, Any], workdir: str, make_evaluate: Any = None) -> T
             weights,
             seed=config.seed,
             batch_size=config.batch_size,
-            image_resolution=config.model.vision.image_resolution,
-            context_length=config.model.text.context_length,
+            preprocess=Preprocess.from_config(config.model),
+            tokenizer=make_tokenizer(config.model.text),
             start_step=start,
             process_index=jax.process_index(),
             process_count=jax.process_count(),
