@@ -48,11 +48,13 @@ class Vocabulary(NamedTuple):
       byte_ids: 256 bytes; entry b is the id of byte b inside a word (at a word's end: that id plus 256).
       merges: (left id, right id) -> id of the merged pair; the smallest id is merged first.
       pieces: the bytes of each id, with a literal `</w>` at the end of a word.
+      names: the same as the vocabulary file spells it, a visible character for each byte.
     """
 
     byte_ids: bytes
     merges: dict[tuple[int, int], int]
     pieces: list[bytes]
+    names: list[str]
 
 
 def tokenize(
@@ -137,7 +139,7 @@ def vocabulary() -> Vocabulary:
         merges[pair] = ids[left + right] = len(pieces)
         pieces.append(pieces[pair[0]] + pieces[pair[1]])
     pieces += [name.encode() for name in _SPECIAL]
-    return Vocabulary(bytes(by_id.index(byte) for byte in range(256)), merges, pieces)
+    return Vocabulary(bytes(by_id.index(byte) for byte in range(256)), merges, pieces, [*ids, *_SPECIAL])
 
 
 def _vocabulary_file() -> bytes:
@@ -177,7 +179,7 @@ def _word_ids(word: str) -> list[int]:
 
     Each merged id comes from one pair only and is greater than both ids of the pair: queue order is final.
     """
-    byte_ids, merges, _ = vocabulary()
+    byte_ids, merges, *_ = vocabulary()
     ids = [*word.encode().translate(byte_ids), -1]  # -1 is in no pair: the end, later also what merged away
     end = len(ids) - 1
     ids[end - 1] += 256
