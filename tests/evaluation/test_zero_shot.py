@@ -13,7 +13,7 @@ from clip_jax.data.sources import EvaluationSet
 from clip_jax.errors import UserError
 from clip_jax.evaluation.zero_shot import Encoders, zero_shot, zero_shot_classifier
 from clip_jax.models import CLIP, CLIPConfig, TextConfig
-from clip_jax.parallel import MeshSizes, make_mesh
+from clip_jax.parallel import MeshConfig, make_partitioner
 from clip_jax.processing import tokenize
 from clip_jax.reports.zero_shot import write_report
 from tests import tiny
@@ -43,7 +43,7 @@ def variables():
 
 
 def encoders(devices):
-    return Encoders(CLIP(CONFIG), make_mesh(MeshSizes(), jax.devices()[:devices]))
+    return Encoders(CLIP(CONFIG), make_partitioner(MeshConfig(), jax.devices()[:devices]))
 
 
 def unit(x):
@@ -78,7 +78,8 @@ def test_texts_go_through_the_models_own_tokenizer():
     texts = ["A DOG", "a dog"]
     tokens = tokenize(texts, 16, lowercase=False)
     expected = unit(np.asarray(cased.apply(variables(), tokens, method=cased.encode_text)))
-    got = Encoders(cased, make_mesh(MeshSizes(), jax.devices()[:1])).texts(variables(), texts)
+    partitioner = make_partitioner(MeshConfig(), jax.devices()[:1])
+    got = Encoders(cased, partitioner).texts(variables(), texts)
     np.testing.assert_allclose(got, expected, atol=1e-6)
     assert np.abs(got[0] - got[1]).max() > 0.1
 
