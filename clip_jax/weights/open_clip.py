@@ -11,7 +11,6 @@ from typing import Any
 
 from clip_jax.errors import UserError
 from clip_jax.models import CLIPConfig, ResNetConfig, TextConfig, VisionTransformerConfig
-from clip_jax.models.clip import SIGMOID_LOGIT_BIAS
 from clip_jax.weights import archive, mapping, openai
 from clip_jax.weights.archive import read_json
 from clip_jax.weights.archive_writer import appears_whole, write_json, write_safetensors
@@ -159,7 +158,7 @@ def config_to_json(config: CLIPConfig) -> dict[str, Any]:
     }
     if isinstance(vision, VisionTransformerConfig):
         vision_values |= {"patch_size": vision.patch_size, "mlp_ratio": _ratio(vision)}
-    bias = {"init_logit_bias": SIGMOID_LOGIT_BIAS} if config.logit_bias else {}
+    bias = {"init_logit_bias": -10} if config.logit_bias else {}
     return {
         "model_cfg": bias
         | {

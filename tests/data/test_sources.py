@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from clip_jax import cli
 from clip_jax.data.digits import Digits
 from clip_jax.data.folder import LabelledFolder
 from clip_jax.data.sources import make_sources
@@ -174,6 +175,11 @@ def test_folder_mistakes_are_named(tmp_path):
 def test_configuration_mistakes_are_named(config, message):
     with pytest.raises(UserError, match=message):
         make_sources(config)
+
+
+def test_a_config_whose_folder_was_forgotten_does_not_scan_the_current_one():
+    with pytest.raises(UserError, match=r"--config\.data\.folder\.path"):
+        make_sources(cli.load_config("vit_b32").data.to_dict())
 
 
 def test_weights_and_kinds():

@@ -51,7 +51,7 @@ def test_a_run_stopped_half_way_resumes_bit_for_bit(undisturbed, tmp_path):
     class Killed(Exception):
         pass
 
-    def kill_at_step_5(config, model, mesh):
+    def kill_at_step_5(config, training):
         def evaluate(state):
             raise Killed
 
