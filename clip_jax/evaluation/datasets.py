@@ -59,7 +59,7 @@ EVALUATION_SETS: dict[str, Entry] = {
 def accepted_names() -> str:
     """What `evaluation_set` opens, in words."""
     return (
-        f"{', '.join(EVALUATION_SETS)}, a folder with one sub-folder for each class, "
+        f"one of {', '.join(EVALUATION_SETS)}, a folder with one sub-folder for each class, "
         "or a prepared TFDS data set (NAME or NAME/SPLIT)"
     )
 
@@ -93,10 +93,11 @@ def _open_tfds(name: str, data_dir: str) -> LabelledSource:
     try:
         builder = tfds_source.open_builder(name, data_dir)
         split = next((usual for usual in _USUAL_SPLITS if usual in builder.info.splits), _USUAL_SPLITS[0])
-    except UserError as error:
-        if not prefix:
-            raise UserError(f"unknown evaluation set {name!r}; expected {accepted_names()}; {error}") from error
-        builder = tfds_source.open_builder(prefix, data_dir)
+    except UserError:
+        try:
+            builder = tfds_source.open_builder(prefix or name, data_dir)
+        except UserError as error:
+            raise UserError(f"unknown evaluation set {name!r}: expected {accepted_names()}; {error}") from error
     source = tfds_source.TfdsSource(builder, split)
     if not source.class_names:
         raise UserError(f"{source.name} has no field called label: zero-shot evaluation needs one")

@@ -55,9 +55,10 @@ def test_tfds_names(photos_dir, data_dir):
         evaluation_set("tiny_images/test", photos_dir)
 
 
-def test_an_unknown_name_lists_what_is_accepted(tmp_path):
+@pytest.mark.parametrize("unknown", ["shaeps", "photos/test"])
+def test_an_unknown_name_lists_what_is_accepted(unknown, tmp_path):
     with pytest.raises(UserError) as error:
-        evaluation_set("shaeps", str(tmp_path))
+        evaluation_set(unknown, str(tmp_path))
     message = str(error.value)
-    assert all(name in message for name in ("'shaeps'", "shapes, shapes_seen, digits", "folder", "NAME/SPLIT"))
+    assert all(name in message for name in (repr(unknown), "shapes, shapes_seen, digits", "folder", "NAME/SPLIT"))
     assert "\n" not in message
