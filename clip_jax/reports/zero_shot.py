@@ -46,11 +46,18 @@ def write_report(
         title=title,
         thumbnail=THUMBNAIL,
         loss_curve=_loss_curve(losses) if losses else None,
+        metrics=_metric_names(results),
         sections=[_section(result) for result in results],
     )
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(page, encoding="utf-8")
+
+
+def _metric_names(results: Sequence[ZeroShotResult]) -> list[str]:
+    """The metrics that any of the results has, in the order of that which has most."""
+    longest_first = sorted((list(result.metrics) for result in results), key=len, reverse=True)
+    return list(dict.fromkeys(name for names in longest_first for name in names))
 
 
 def _section(result: ZeroShotResult) -> dict[str, Any]:
