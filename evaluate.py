@@ -63,11 +63,8 @@ def load_weights(weights: str, config: Any, like: Any) -> Any:
     """The variables that --weights names, sharded like `like`; they must be those of the config's model."""
     import jax
 
-    from clip_jax.training.checkpoint import read_config, restore_variables
     from clip_jax.weights import load_variables
 
-    if read_config(weights) is not None:
-        return restore_variables(weights, like)[1]
     model_config, variables = load_variables(weights)
     if model_config != config.model:
         raise UserError(f"{weights} holds another model than the config {config.name}: {model_config}")

@@ -43,7 +43,7 @@ def run(values: Mapping[str, Any], workdir: str, make_evaluate: MakeEvaluate | N
     train_step = make_train_step(training)
     sources, weights = make_sources(config.data, config.data_dir)
     evaluate = make_evaluate(config, training) if make_evaluate else None
-    checkpoints = Checkpoints(workdir)
+    checkpoints = Checkpoints(workdir, config.model)
     state = _state(checkpoints, training, config.seed)
     write_config(workdir, values)
     batches = train_batches(
