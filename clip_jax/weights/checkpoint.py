@@ -12,8 +12,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from clip_jax.errors import UserError
 from clip_jax.models import CLIPConfig
-from clip_jax.weights.archive import read_json
-from clip_jax.weights.archive_writer import appears_whole, write_json
+from clip_jax.weights.files import appears_whole, read_json, write_json
 from clip_jax.weights.mapping import leaves
 
 CONFIG_FILE = "clip_jax.json"
