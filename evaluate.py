@@ -35,14 +35,14 @@ def main(argv: Sequence[str]) -> None:
     from clip_jax.data.sources import evaluation_set
     from clip_jax.evaluation.zero_shot import Encoders, zero_shot
     from clip_jax.models import CLIP
-    from clip_jax.parallel import make_mesh
+    from clip_jax.parallel import make_partitioner
     from clip_jax.training.config import RunConfig
 
     config = RunConfig.from_dict(values.to_dict())
     names = flags.datasets.split(",") if flags.datasets else config.eval_datasets
     datasets = [evaluation_set(name, config.data_dir) for name in names]
     weights = flags.weights or config.name
-    encoders = Encoders(CLIP(config.model, config.execution), make_mesh(config.mesh))
+    encoders = Encoders(CLIP(config.model, config.execution), make_partitioner(config.mesh))
     variables = load_weights(weights, config, encoders)
     results = [zero_shot(encoders, variables, dataset) for dataset in datasets]
     for result in results:
@@ -62,18 +62,12 @@ def load_weights(weights: str, config: Any, encoders: Any) -> Any:
     """The variables that --weights names, on the mesh; they must be those of the config's model."""
     import jax
 
-    from clip_jax.parallel import replicated
-    from clip_jax.training.checkpoint import read_config, restore_variables
-    from clip_jax.training.state import abstract_variables
     from clip_jax.weights import load_variables
 
-    if read_config(weights) is not None:
-        _, variables = restore_variables(weights, abstract_variables(encoders.model, encoders.mesh))
-        return variables
     model_config, variables = load_variables(weights)
     if model_config != config.model:
         raise UserError(f"{weights} holds another model than the config {config.name}: {model_config}")
-    return jax.device_put(variables, replicated(encoders.mesh))
+    return jax.device_put(variables, encoders.partitioner.replicated)
 
 
 def benchmark_row(result: Any, model: str, pretrained: str) -> dict[str, Any]:

@@ -27,12 +27,12 @@ import numpy as np
 import torch
 
 from clip_jax.models import CLIP, OPENAI_MODELS, CLIPConfig, ResNetConfig
-from clip_jax.parallel import MeshSizes, make_mesh
+from clip_jax.parallel import MeshConfig, make_partitioner
 from clip_jax.planner.topologies import GIB
 from clip_jax.training.loop import to_devices
 from clip_jax.training.optimizer import OptimizerConfig, make_optimizer
-from clip_jax.training.state import initial_state
-from clip_jax.training.step import StepConfig, make_train_step
+from clip_jax.training.state import Training, initial_state
+from clip_jax.training.step import make_train_step
 from clip_jax.weights.verify import openai_classes
 
 FORWARD_BATCH, TRAIN_BATCH = 32, 16
@@ -122,11 +122,12 @@ def jax_train_step(name: str) -> Run:
     """The very step that train.py runs: both towers, the loss over the batch, gradients, AdamW."""
     config = OPENAI_MODELS[name]
     images, tokens = train_batch(config)
-    mesh = make_mesh(MeshSizes(), jax.devices()[:1])
+    partitioner = make_partitioner(MeshConfig(), jax.devices()[:1])
     model, optimizer = CLIP(config), make_optimizer(OptimizerConfig(learning_rate=1e-5), 1_000_000)
-    step = make_train_step(model, optimizer, StepConfig(), mesh)
-    batch = to_devices({"image": images, "text": tokens}, mesh)
-    state = [initial_state(model, optimizer, mesh, seed=0)]
+    training = Training(model, optimizer, partitioner)
+    step = make_train_step(training)
+    batch = to_devices({"image": images, "text": tokens}, partitioner)
+    state = [initial_state(training, seed=0)]
 
     def run() -> None:
         state[0], _ = step(state[0], batch)

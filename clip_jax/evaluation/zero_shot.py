@@ -8,7 +8,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 from tqdm import tqdm
 
@@ -17,7 +16,7 @@ from clip_jax.data.sources import EvaluationSet
 from clip_jax.evaluation.metrics import classification_metrics
 from clip_jax.evaluation.prompts import fill, templates_for
 from clip_jax.models import CLIP, normalize
-from clip_jax.parallel import batch_sharding, batch_shards, replicated, use_mesh
+from clip_jax.parallel import Partitioner
 from clip_jax.processing import tokenize
 from clip_jax.processing.images import Preprocess
 
@@ -54,7 +53,7 @@ class Encoders:
     """
 
     model: CLIP
-    mesh: Mesh
+    partitioner: Partitioner
     _jitted: dict[str, Any] = field(default_factory=dict, init=False, repr=False)
 
     @property
@@ -85,16 +84,16 @@ class Encoders:
 
     def _run(self, name: str, encode: Any, variables: Any, inputs: np.ndarray) -> np.ndarray:
         if name not in self._jitted:
-            self._jitted[name] = jax.jit(encode, out_shardings=replicated(self.mesh))
-        size = -(-BATCH_SIZE // batch_shards(self.mesh)) * batch_shards(self.mesh)
+            self._jitted[name] = self.partitioner.jit(encode, out_shardings=self.partitioner.replicated)
+        shards = self.partitioner.batch_shards
+        size = -(-BATCH_SIZE // shards) * shards
         features = []
         for start in range(0, len(inputs), size):
             piece = inputs[start : start + size]
             padded = np.zeros((size, *inputs.shape[1:]), inputs.dtype)
             padded[: len(piece)] = piece
-            batch = jax.make_array_from_callback(padded.shape, batch_sharding(self.mesh), partial(_rows, padded))
-            with use_mesh(self.mesh):
-                features.append(np.asarray(self._jitted[name](variables, batch))[: len(piece)])
+            batch = jax.make_array_from_callback(padded.shape, self.partitioner.batch_sharding, partial(_rows, padded))
+            features.append(np.asarray(self._jitted[name](variables, batch))[: len(piece)])
         return np.concatenate(features)
 
 

@@ -19,13 +19,11 @@ import numpy as np
 from jax.experimental import topologies
 
 from clip_jax.errors import UserError
-from clip_jax.models import CLIP, parameter_count
-from clip_jax.parallel import batch_sharding, check_batch_size, make_mesh
+from clip_jax.models import parameter_count
 from clip_jax.planner.flops import train_flops
 from clip_jax.planner.hlo_cost import CostEstimate, estimate
 from clip_jax.planner.topologies import GIB, Topology
-from clip_jax.training.config import RunConfig
-from clip_jax.training.optimizer import make_optimizer
+from clip_jax.training.config import RunConfig, make_training
 from clip_jax.training.state import abstract_state
 from clip_jax.training.step import make_train_step
 
@@ -86,7 +84,7 @@ class Plan:
         sizes = self.config.mesh.resolve(self.devices // self.topology.slices)
         mesh = dict(zip(("mesh.data", "mesh.fsdp", "mesh.tensor"), sizes, strict=True))
         execution = dataclasses.asdict(self.config.execution)
-        return {"microbatches": self.config.step.microbatches, **execution, **mesh}
+        return {"microbatches": self.config.microbatches, **execution, **mesh}
 
     @property
     def devices(self) -> int:
@@ -148,19 +146,19 @@ def make_plan(config: RunConfig, topology: Topology) -> Plan:
       UserError: the mesh does not fit the devices, or the batch does not divide over them.
     """
     devices = topologies.get_topology_desc(**topology.description()).devices
-    mesh = make_mesh(config.mesh, devices)
-    hosts = len({device.process_index for device in devices})
-    check_batch_size(config.batch_size, config.step.microbatches, mesh, hosts)
-    model = CLIP(config.model, config.execution)
-    optimizer = make_optimizer(config.optimizer, config.total_steps)
-    state = abstract_state(model, optimizer, mesh, config.rules)
+    training = make_training(config, devices)
+    partitioner = training.partitioner
+    partitioner.check_batch_size(
+        config.batch_size, config.microbatches, len({device.process_index for device in devices})
+    )
+    state = abstract_state(training)
     resolution, length = config.model.vision.image_resolution, config.model.text.context_length
     shape = (config.batch_size, resolution, resolution, 3)
     batch = {
-        "image": jax.ShapeDtypeStruct(shape, jnp.uint8, sharding=batch_sharding(mesh)),
-        "text": jax.ShapeDtypeStruct((config.batch_size, length), jnp.int32, sharding=batch_sharding(mesh)),
+        "image": jax.ShapeDtypeStruct(shape, jnp.uint8, sharding=partitioner.batch_sharding),
+        "text": jax.ShapeDtypeStruct((config.batch_size, length), jnp.int32, sharding=partitioner.batch_sharding),
     }
-    step = make_train_step(model, optimizer, config.step, mesh, config.rules)
+    step = make_train_step(training)
     _progress(f"compiling {config.name}, batch {config.batch_size}, for {topology.name}; this takes a minute or more")
     start = time.perf_counter()
     try:

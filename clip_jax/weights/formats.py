@@ -4,18 +4,21 @@ import difflib
 from pathlib import Path
 from typing import Any
 
+from etils import epath
+
+from clip_jax import model_folder
 from clip_jax.errors import UserError
 from clip_jax.models import CLIPConfig
-from clip_jax.weights import checkpoint, download, hub, huggingface, open_clip, openai
+from clip_jax.weights import download, hub, huggingface, open_clip, openai
 from clip_jax.weights.files import read_json
 
 WRITERS = {
-    "jax": checkpoint.write,
+    "jax": model_folder.write,
     "openai": openai.write,
     "open_clip": open_clip.write,
     "huggingface": huggingface.write,
 }
-_READERS_WITH_CONFIG = {"jax": checkpoint.read, "open_clip": open_clip.read, "huggingface": huggingface.read}
+_READERS_WITH_CONFIG = {"jax": model_folder.read, "open_clip": open_clip.read, "huggingface": huggingface.read}
 
 
 def load_variables(
@@ -48,7 +51,7 @@ def load_variables(
     return _READERS_WITH_CONFIG[form](path)
 
 
-def locate(source: str | Path, download_root: str | Path | None = None) -> tuple[str, Path]:
+def locate(source: str | Path, download_root: str | Path | None = None) -> tuple[str, Path | epath.Path]:
     """The format of `source` (a key of `WRITERS`) and where it lies; official files and the hub's are downloaded.
 
     The path is the folder of a converted checkpoint or of transformers, and the file of weights otherwise.
@@ -58,9 +61,13 @@ def locate(source: str | Path, download_root: str | Path | None = None) -> tuple
     """
     if download.is_official(str(source)):
         return "openai", download.fetch(str(source), download_root)
+    folder = model_folder.find(source)
+    if folder is None and not Path(source).exists():
+        source = _fetched(str(source))
+        folder = model_folder.find(source)
+    if folder is not None:
+        return "jax", folder
     path = Path(source)
-    if not path.exists():
-        path = _fetched(str(source))
     return _locate_folder(path) if path.is_dir() else _locate_file(path)
 
 
@@ -79,8 +86,6 @@ def _fetched(source: str) -> Path:
 
 
 def _locate_folder(folder: Path) -> tuple[str, Path]:
-    if checkpoint.is_folder(folder):
-        return "jax", folder
     # Some folders hold the model twice; open_clip's configuration leaves less to be assumed.
     if open_clip.is_folder(folder):
         return "open_clip", open_clip.weights_file(folder)
@@ -91,8 +96,8 @@ def _locate_folder(folder: Path) -> tuple[str, Path]:
             raise UserError(f"{folder} holds one tower of a CLIP model alone ({kind}){use}")
         return "huggingface", folder
     raise UserError(
-        f"{folder} is no folder of weights: expected {checkpoint.CONFIG_FILE} (a converted checkpoint), config.json "
-        f"with {huggingface.WEIGHT_FILES[0]} (transformers) or {open_clip.CONFIG_FILE} with {open_clip.WEIGHT_FILES[0]}"
+        f"{folder} is no folder of weights: expected {model_folder.DESCRIPTION} (a model folder), config.json with "
+        f"{huggingface.WEIGHT_FILES[0]} (transformers) or {open_clip.CONFIG_FILE} with {open_clip.WEIGHT_FILES[0]}"
     )
 
 

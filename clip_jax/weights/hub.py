@@ -5,6 +5,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 from clip_jax.errors import UserError
+from clip_jax.model_folder import DESCRIPTION, DESCRIPTION_FILE, VARIABLES
 from clip_jax.weights import huggingface, open_clip, tensor_file
 
 _PREFIX = "hf-hub:"
@@ -79,7 +80,9 @@ def _download(name: str, available: Collection[str]) -> Path:
 
 
 def _wanted(available: Collection[str]) -> list[str] | None:
-    """Of the files in a repository: one configuration, one file of weights (or its index), and the processing's."""
+    """Patterns of the files to fetch: our model folder, or a configuration, weights (or their index) and processing."""
+    if f"{DESCRIPTION}/{DESCRIPTION_FILE}" in available:
+        return [f"{DESCRIPTION}/*", f"{VARIABLES}/*"]
     for config, names in _LAYOUTS:
         weights = next((name for name in names if name in available), None)
         if config in available and weights is not None:

@@ -12,7 +12,6 @@ from typing import Any
 
 from clip_jax.errors import UserError
 from clip_jax.models import CLIPConfig, ResNetConfig, TextConfig, VisionTransformerConfig
-from clip_jax.models.clip import SIGMOID_LOGIT_BIAS
 from clip_jax.weights import mapping, openai, tensor_file
 from clip_jax.weights.files import appears_whole, read_json, write_json
 
@@ -166,7 +165,7 @@ def config_to_json(config: CLIPConfig) -> dict[str, Any]:
             "head_width": vision.width // vision.heads,
             "mlp_ratio": _ratio(vision),
         }
-    bias = {"init_logit_bias": SIGMOID_LOGIT_BIAS} if config.logit_bias else {}
+    bias = {"init_logit_bias": -10} if config.logit_bias else {}
     return {
         "model_cfg": bias
         | {

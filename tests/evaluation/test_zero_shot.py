@@ -12,7 +12,7 @@ from clip_jax.data.sources import EvaluationSet
 from clip_jax.errors import UserError
 from clip_jax.evaluation.zero_shot import Encoders, zero_shot, zero_shot_classifier
 from clip_jax.models import CLIP, CLIPConfig, TextConfig
-from clip_jax.parallel import MeshSizes, make_mesh
+from clip_jax.parallel import MeshConfig, make_partitioner
 from clip_jax.processing import tokenize
 from clip_jax.reports.zero_shot import write_report
 from tests import tiny
@@ -42,7 +42,7 @@ def variables():
 
 
 def encoders(devices):
-    return Encoders(CLIP(CONFIG), make_mesh(MeshSizes(), jax.devices()[:devices]))
+    return Encoders(CLIP(CONFIG), make_partitioner(MeshConfig(), jax.devices()[:devices]))
 
 
 def unit(x):

@@ -104,7 +104,7 @@ def test_output_has_the_promised_keys_and_consistent_numbers():
 def changed(arguments: float, temporaries: float, **overrides) -> tuple | None:
     memory = Memory(int(arguments * GIB), int(temporaries * GIB), 0, 0, int((arguments + temporaries) * GIB))
     config = plan.next_change(Plan(config_of(**overrides), SLICE, memory, None, 1.0))
-    return config and (config.execution.remat, config.mesh.fsdp, config.step.microbatches)
+    return config and (config.execution.remat, config.mesh.fsdp, config.microbatches)
 
 
 def test_changes_go_from_the_cheapest_and_leave_out_what_cannot_suffice():
