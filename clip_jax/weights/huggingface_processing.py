@@ -99,7 +99,7 @@ def image_processing(values: Mapping[str, Any], resolution: int, origin: str) ->
     fields = {
         "image_interpolation": INTERPOLATIONS[int(resample)],
         "image_resize": resize,
-        "image_resize_to": 0 if side == resolution else side,
+        "image_resize_to": side,
     }
     if not values.get("do_normalize", True):
         return fields | {"image_mean": (0.0, 0.0, 0.0), "image_std": (1.0, 1.0, 1.0)}
