@@ -31,6 +31,7 @@ _TEXT = {
     "layers": ("layers", 12),
 }
 _MODEL_FIELDS = {"embed_dim", "quick_gelu", "init_logit_scale", "init_logit_bias", "vision_cfg", "text_cfg"}
+_CASED = {"clean": "whitespace"}
 _HARMLESS = {  # settings with one value that means what this architecture does
     "custom_text": (True, False),
     "output_dict": (True, False),
@@ -40,8 +41,12 @@ _HARMLESS = {  # settings with one value that means what this architecture does
     "proj_type": ("linear",),
     "pos_embed_type": ("learnable",),
     "hf_tokenizer_name": ("",),
+    "tokenizer_kwargs": ({}, {"clean": "lower"}, _CASED),
 }
-_PREPROCESSING = {"mode": "RGB", "interpolation": "bicubic", "resize_mode": "shortest"}
+_PREPROCESSING = {  # open_clip's field -> ours; its transforms know no other values
+    "interpolation": ("image_interpolation", ("bicubic", "bilinear")),
+    "resize_mode": ("image_resize", ("shortest", "squash")),
+}
 
 
 def is_folder(path: Path) -> bool:
@@ -89,7 +94,9 @@ def config_from_json(values: Mapping[str, Any], origin: str) -> CLIPConfig:
         config = CLIPConfig(
             embed_dim=model["embed_dim"],
             vision=_vision_config(vision),
-            text=_with_mlp(TextConfig, _from_json(_TEXT, text), text),
+            text=_with_mlp(
+                TextConfig, _from_json(_TEXT, text) | {"lowercase": text.get("tokenizer_kwargs") != _CASED}, text
+            ),
             activation="quick_gelu" if model.get("quick_gelu") else "gelu",
             logit_bias=model.get("init_logit_bias") is not None,
         )
@@ -135,18 +142,21 @@ def _check_fields(values: Mapping[str, Any], known: set[str], origin: str) -> No
 
 
 def _with_preprocessing(config: CLIPConfig, values: Mapping[str, Any], origin: str) -> CLIPConfig:
-    for name, only in _PREPROCESSING.items():
-        if values.get(name, only) != only:
-            raise UserError(f"{origin}: preprocess_cfg has {name} {values[name]!r}, expected {only!r}")
-    statistics = {f"image_{name}": tuple(values[name]) for name in ("mean", "std") if name in values}
-    return dataclasses.replace(config, **statistics)
+    if values.get("mode", "RGB") != "RGB":
+        raise UserError(f"{origin}: preprocess_cfg has mode {values['mode']!r}, expected 'RGB'")
+    fields = {f"image_{name}": tuple(values[name]) for name in ("mean", "std") if name in values}
+    for name, (ours, choices) in _PREPROCESSING.items():
+        fields[ours] = values.get(name, choices[0])
+        if fields[ours] not in choices:
+            raise UserError(f"{origin}: preprocess_cfg has {name} {fields[ours]!r}, expected {' or '.join(choices)}")
+    return dataclasses.replace(config, **fields)
 
 
 def write(folder: Path, config: CLIPConfig, variables: Any) -> None:
     """Write a folder that open_clip loads as `local-dir:FOLDER`, in float32.
 
     Raises:
-      UserError: `folder` exists.
+      UserError: open_clip cannot express the image processing or the tokenizer, or `folder` exists.
     """
     values = config_to_json(config)
     with appears_whole(folder) as temporary:
@@ -165,6 +175,13 @@ def config_to_json(config: CLIPConfig) -> dict[str, Any]:
             "head_width": vision.width // vision.heads,
             "mlp_ratio": _ratio(vision),
         }
+    for ours, allowed in (*_PREPROCESSING.values(), ("image_resize_to", (0,))):
+        if getattr(config, ours) not in allowed:
+            raise UserError(
+                f"open_clip has no {ours} {getattr(config, ours)!r}; write this model as huggingface or jax"
+            )
+    if text.tokenizer != "openai":
+        raise UserError(f"open_clip would use OpenAI's tokenizer, not {text.tokenizer!r}; write this model as jax")
     bias = {"init_logit_bias": -10} if config.logit_bias else {}
     return {
         "model_cfg": bias
@@ -172,7 +189,10 @@ def config_to_json(config: CLIPConfig) -> dict[str, Any]:
             "embed_dim": config.embed_dim,
             "quick_gelu": config.activation == "quick_gelu",
             "vision_cfg": vision_values,
-            "text_cfg": _to_json(_TEXT, text) | {"mlp_ratio": _ratio(text)},
+            "text_cfg": _to_json(_TEXT, text)
+            | {"mlp_ratio": _ratio(text)}
+            | ({} if text.lowercase else {"tokenizer_kwargs": _CASED}),
         },
-        "preprocess_cfg": {"mean": list(config.image_mean), "std": list(config.image_std)} | _PREPROCESSING,
+        "preprocess_cfg": {"mode": "RGB", "mean": list(config.image_mean), "std": list(config.image_std)}
+        | {theirs: getattr(config, ours) for theirs, (ours, _) in _PREPROCESSING.items()},
     }
