@@ -10,8 +10,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import installed  # noqa: F401  (first: it says what to do where the requirements are missing)
 from clip_jax import cli
 from clip_jax.errors import UserError
+from clip_jax.weights import available_models
 
 
 def main(argv: Sequence[str]) -> None:
@@ -30,15 +32,18 @@ def main(argv: Sequence[str]) -> None:
     )
     parser.add_argument("--output", metavar="FILE.json", help="write the results here, in CLIP_benchmark's format")
     parser.add_argument("--report", metavar="FILE.html", help="write a page with pictures here")
-    flags, values = cli.parse(parser, argv)
+    flags, config = cli.parse(parser, argv)
+    if not flags.weights and config.name not in available_models():
+        raise UserError(
+            f"{config.name} is not an official model, so --weights must say what to evaluate: the workdir that "
+            f"train.py wrote, for example --weights runs/{config.name}"
+        )
 
     from clip_jax.data.sources import evaluation_set
     from clip_jax.evaluation.zero_shot import Encoders, zero_shot
     from clip_jax.models import CLIP
     from clip_jax.parallel import make_partitioner
-    from clip_jax.training.config import RunConfig
 
-    config = RunConfig.from_dict(values.to_dict())
     names = flags.datasets.split(",") if flags.datasets else config.eval_datasets
     datasets = [evaluation_set(name, config.data_dir) for name in names]
     weights = flags.weights or config.name

@@ -105,11 +105,34 @@ def check_shapes(stored: Any, expected: Any, where: str) -> None:
         raise UserError(f"the checkpoint ({where}) is of another model: {', '.join(wrong[:3])}{more}")
 
 
+def latest_step(workdir: str | epath.PathLike) -> int | None:
+    """The step of the newest complete checkpoint in `workdir`; None if there is none."""
+    if not (_absolute(workdir) / CHECKPOINTS).is_dir():
+        return None
+    with _manager(workdir, create=False) as manager:
+        return manager.latest_step()
+
+
+def make_workdir(workdir: str | epath.PathLike) -> None:
+    """Create `workdir` if need be, and see that it can be written to. Only process 0 does.
+
+    Raises:
+      UserError: it is a file, or cannot be created or written to.
+    """
+    if jax.process_index() == 0:
+        root = _absolute(workdir)
+        try:
+            root.mkdir(parents=True, exist_ok=True)
+            (root / ".writable").touch()
+            (root / ".writable").unlink()
+        except OSError as error:
+            raise UserError(f"cannot write to the workdir {workdir} ({error}); give another --workdir") from error
+
+
 def write_config(workdir: str | epath.PathLike, config: Mapping[str, Any]) -> None:
-    """Write config.json, complete or not at all. Only process 0 does."""
+    """Write config.json into an existing workdir, complete or not at all. Only process 0 does."""
     if jax.process_index() == 0:
         path = _absolute(workdir) / CONFIG_FILE
-        path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_name(CONFIG_FILE + ".part")
         part.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
         part.replace(path)
@@ -119,15 +142,18 @@ def read_config(workdir: str | epath.PathLike) -> dict[str, Any] | None:
     """The configuration of the run in `workdir`; None if it holds none.
 
     Raises:
-      UserError: config.json is damaged.
+      UserError: config.json is not the JSON object that it should be.
     """
     path = _absolute(workdir) / CONFIG_FILE
     if not path.exists():
         return None
     try:
-        return json.loads(path.read_text())
+        values = json.loads(path.read_text())
     except ValueError as error:
         raise UserError(f"{path} is not JSON ({error}); restore it, or start in another workdir") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{path} must be an object, got {str(values)[:50]}; restore it, or start in another workdir")
+    return values
 
 
 def _absolute(workdir: str | epath.PathLike) -> epath.Path:
