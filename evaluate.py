@@ -67,13 +67,8 @@ def load_weights(weights: str, config: Any, encoders: Any) -> Any:
     """The variables that --weights names, on the mesh; they must be those of the config's model."""
     import jax
 
-    from clip_jax.training.checkpoint import read_config, restore_variables
-    from clip_jax.training.state import abstract_variables
     from clip_jax.weights import load_variables
 
-    if read_config(weights) is not None:
-        _, variables = restore_variables(weights, abstract_variables(encoders.model, encoders.partitioner))
-        return variables
     model_config, variables = load_variables(weights)
     if model_config != config.model:
         raise UserError(f"{weights} holds another model than the config {config.name}: {model_config}")

@@ -1,5 +1,8 @@
 """CLIP: an image tower and a text tower that meet in one space (paper section 2.3, figure 3)."""
 
+from functools import lru_cache
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -91,6 +94,13 @@ class CLIP(nn.Module):
                 f"expected tokens of shape (batch, at most {longest}), got {tokens.shape}; "
                 f"make them with tokenize(texts, context_length={longest})"
             )
+        if isinstance(tokens, np.ndarray):  # looking into a device's array would wait for it
+            outside = tokens[(tokens < 0) | (tokens >= self.config.text.vocab_size)]
+            if outside.size:
+                raise UserError(
+                    f"expected token ids from 0 to {self.config.text.vocab_size - 1}, got {outside[0]}: "
+                    "tokenize texts with the model's own tokenizer"
+                )
         return jnp.asarray(tokens)
 
 
@@ -102,9 +112,13 @@ def normalize(features: Float[Array, "batch embed_dim"]) -> Float[Array, "batch 
 
 def parameter_count(config: CLIPConfig) -> int:
     """How many trained numbers the model has, without making any."""
-    model = CLIP(config)
+    return sum(leaf.size for leaf in jax.tree.leaves(variable_shapes(config)["params"]))
+
+
+@lru_cache(maxsize=4)
+def variable_shapes(config: CLIPConfig) -> Any:
+    """The model's variables as `jax.ShapeDtypeStruct`s; nothing is allocated."""
     resolution = config.vision.image_resolution
     images = jax.ShapeDtypeStruct((1, resolution, resolution, 3), jnp.float32)
     tokens = jax.ShapeDtypeStruct((1, config.text.context_length), jnp.int32)
-    variables = jax.eval_shape(model.init, jax.random.key(0), images, tokens)
-    return sum(leaf.size for leaf in jax.tree.leaves(variables["params"]))
+    return nn.unbox(jax.eval_shape(CLIP(config).init, jax.random.key(0), images, tokens))

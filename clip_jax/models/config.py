@@ -15,6 +15,8 @@ from clip_jax.options import option
 ACTIVATIONS = ("quick_gelu", "gelu")
 REMAT_POLICIES = ("none", "full", "dots", "attention")
 ATTENTION_IMPLEMENTATIONS = ("xla", "cudnn")
+INTERPOLATIONS = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")  # in the order of Pillow's numbers
+RESIZES = ("shortest", "squash")
 
 # Larger numbers come from damaged files, and are refused before anything of that size is built.
 LARGEST_SIZE = 2**20
@@ -82,7 +84,7 @@ class ResNetConfig:
 
 @dataclass(frozen=True)
 class TextConfig:
-    """The causal text Transformer."""
+    """The causal text Transformer, and the tokenizer that it was trained with."""
 
     width: int = option(help="features of a token")
     heads: int = option(help="attention heads")
@@ -90,17 +92,23 @@ class TextConfig:
     layers: int = option(12, "number of blocks")
     context_length: int = option(77, "tokens of a text, start and end included")
     vocab_size: int = option(49408, "rows of the token embedding")
+    tokenizer: str = option("openai", "openai; with another kind only token ids can be encoded")
+    lowercase: bool = option(True, "whether the tokenizer lower-cases texts first, as OpenAI's does")
 
     def __post_init__(self):
         _check_positive(self)
         _check_divides("text width", self.width, "text heads", self.heads)
+        if not isinstance(self.tokenizer, str) or not isinstance(self.lowercase, bool):
+            raise UserError(
+                f"tokenizer must be a name and lowercase true or false, got {self.tokenizer!r} and {self.lowercase!r}"
+            )
 
 
 @dataclass(frozen=True)
 class CLIPConfig:
     """Everything that decides what a CLIP model computes; it travels with the weights.
 
-    The activation and the pixel statistics belong to it, because weights trained with one and run with another
+    The activation and the image processing belong to it, because weights trained with one and run with another
     lose accuracy without any error.
     """
 
@@ -108,11 +116,12 @@ class CLIPConfig:
     vision: VisionTransformerConfig | ResNetConfig = option(help="the image tower")
     text: TextConfig = option(help="the text tower")
     activation: str = option("quick_gelu", f"of the MLPs: {' or '.join(ACTIVATIONS)}")
-    logit_bias: bool = option(
-        False, "a learned bias of the logits, which SigLIP's sigmoid loss wants (arXiv 2303.15343)"
-    )
+    logit_bias: bool = option(False, "whether logits have a learned bias, as SigLIP's loss wants it (arXiv 2303.15343)")
     image_mean: tuple[float, float, float] = option(OPENAI_IMAGE_MEAN, "per channel, subtracted from pixels in [0, 1]")
     image_std: tuple[float, float, float] = option(OPENAI_IMAGE_STD, "per channel, by which they are divided then")
+    image_interpolation: str = option("bicubic", f"how images are resized: {', '.join(INTERPOLATIONS)}")
+    image_resize: str = option("shortest", "their shortest side, or squash: both; then the centre square is taken")
+    image_resize_to: int = option(0, "length that these sides get, pixels; 0 for the side of the square")
 
     def __post_init__(self):
         object.__setattr__(self, "image_mean", tuple(self.image_mean))
@@ -125,6 +134,15 @@ class CLIPConfig:
         if not min(self.image_std) > 0:
             raise UserError(f"image_std must be above 0, got {self.image_std!r}")
         _check_choice("activation", self.activation, ACTIVATIONS)
+        _check_choice("image_interpolation", self.image_interpolation, INTERPOLATIONS)
+        _check_choice("image_resize", self.image_resize, RESIZES)
+        if self.image_resize_to != 0:
+            _check_size("image_resize_to", self.image_resize_to, self.image_resize_to, LARGEST_SIZE)
+            if self.image_resize_to < self.vision.image_resolution:
+                raise UserError(
+                    f"image_resize_to must be 0 or at least the image_resolution, {self.vision.image_resolution}, "
+                    f"got {self.image_resize_to}"
+                )
 
     def to_dict(self) -> dict[str, Any]:
         """The configuration as plain JSON-able values; `from_dict` is its inverse."""
@@ -192,6 +210,8 @@ class Execution:
 
 def _check_positive(config: Any) -> None:
     for field in dataclasses.fields(config):
+        if field.type in (str, bool):
+            continue
         value = getattr(config, field.name)
         largest = MOST_LAYERS if field.name == "layers" else LARGEST_SIZE
         for number in value if isinstance(value, tuple) else (value,):

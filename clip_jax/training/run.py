@@ -9,7 +9,8 @@ import jax
 from clip_jax.data.pipeline import train_batches
 from clip_jax.data.sources import make_sources
 from clip_jax.options import from_dict, to_dict
-from clip_jax.training.checkpoint import Checkpoints, latest_step, make_workdir, read_config, write_config
+from clip_jax.processing import Preprocess, make_tokenizer
+from clip_jax.training.checkpoint import Checkpoints, has_checkpoint, make_workdir, read_config, write_config
 from clip_jax.training.config import RunConfig, check_same_run, make_training
 from clip_jax.training.hooks import Evaluate, Log, Save
 from clip_jax.training.loop import Hook, every, on_devices, train
@@ -35,15 +36,16 @@ def run(config: RunConfig, workdir: str, make_evaluate: MakeEvaluate | None = No
       UserError: an impossible configuration, missing data, or a workdir that holds another run or cannot be written to.
     """
     previous = read_config(workdir)
-    if previous is not None and latest_step(workdir) is not None:
+    if previous is not None and has_checkpoint(workdir):
         check_same_run(config, from_dict(type(config), previous, f"{workdir}/config.json"))
     training = make_training(config)
     training.partitioner.check_batch_size(config.batch_size, config.microbatches, jax.process_count())
     train_step = make_train_step(training)
     sources, weights = make_sources(config.data, config.data_dir)
+    tokenizer = make_tokenizer(config.model.text)
     evaluate = make_evaluate(config, training) if make_evaluate else None
     make_workdir(workdir)
-    checkpoints = Checkpoints(workdir)
+    checkpoints = Checkpoints(workdir, config.model)
     state = _state(checkpoints, training, config.seed)
     write_config(workdir, to_dict(config))
     batches = train_batches(
@@ -51,8 +53,8 @@ def run(config: RunConfig, workdir: str, make_evaluate: MakeEvaluate | None = No
         weights,
         seed=config.seed,
         batch_size=config.batch_size,
-        image_resolution=config.model.vision.image_resolution,
-        context_length=config.model.text.context_length,
+        preprocess=Preprocess.from_config(config.model),
+        tokenizer=tokenizer,
         start_step=int(state.step),
         process_index=jax.process_index(),
         process_count=jax.process_count(),

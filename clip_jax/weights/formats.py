@@ -3,17 +3,20 @@
 from pathlib import Path
 from typing import Any
 
+from etils import epath
+
+from clip_jax import model_folder
 from clip_jax.errors import UserError
 from clip_jax.models import CLIPConfig
-from clip_jax.weights import checkpoint, download, huggingface, open_clip, openai
+from clip_jax.weights import download, huggingface, open_clip, openai
 
 WRITERS = {
-    "jax": checkpoint.write,
+    "jax": model_folder.write,
     "openai": openai.write,
     "open_clip": open_clip.write,
     "huggingface": huggingface.write,
 }
-_READERS_WITH_CONFIG = {"jax": checkpoint.read, "open_clip": open_clip.read, "huggingface": huggingface.read}
+_READERS_WITH_CONFIG = {"jax": model_folder.read, "open_clip": open_clip.read, "huggingface": huggingface.read}
 
 
 def load_variables(
@@ -38,7 +41,7 @@ def load_variables(
     return _READERS_WITH_CONFIG[form](path)
 
 
-def locate(source: str | Path, download_root: str | Path | None = None) -> tuple[str, Path]:
+def locate(source: str | Path, download_root: str | Path | None = None) -> tuple[str, Path | epath.Path]:
     """The format of `source` (a key of `WRITERS`) and where it lies; official files are downloaded.
 
     The path is the folder of a converted checkpoint or of transformers, and the file of weights otherwise.
@@ -48,13 +51,13 @@ def locate(source: str | Path, download_root: str | Path | None = None) -> tuple
     """
     if download.is_official(str(source)):
         return "openai", download.fetch(str(source), download_root)
+    if folder := model_folder.find(source):
+        return "jax", folder
     path = Path(source)
     if not path.exists():
         known = ", ".join(download.available_models())
         raise UserError(f"{str(source)!r} is neither a file nor a folder nor one of {known}")
     folder = path if path.is_dir() else path.parent
-    if path == folder and checkpoint.is_folder(folder):
-        return "jax", folder
     if huggingface.is_folder(folder) and (path == folder or path.name in huggingface.WEIGHT_FILES):
         return "huggingface", folder
     if open_clip.is_folder(folder):
@@ -62,7 +65,7 @@ def locate(source: str | Path, download_root: str | Path | None = None) -> tuple
     if path != folder:
         return "openai", path
     raise UserError(
-        f"{path} is no folder of weights: expected {checkpoint.CONFIG_FILE} (a converted checkpoint), config.json with "
+        f"{path} is no folder of weights: expected {model_folder.DESCRIPTION} (a model folder), config.json with "
         f"{huggingface.WEIGHT_FILES[0]} (transformers) or {open_clip.CONFIG_FILE} (open_clip)"
     )
 

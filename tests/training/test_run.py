@@ -2,12 +2,14 @@
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
-from clip_jax import cli, options
+from clip_jax import cli, model_folder, options
 from clip_jax.errors import UserError
 from clip_jax.models import Execution
 from clip_jax.parallel import MeshConfig
@@ -16,6 +18,7 @@ from clip_jax.training.config import RunConfig, check_same_run
 from clip_jax.training.metrics import read_metrics
 from clip_jax.training.optimizer import OptimizerConfig
 from clip_jax.training.run import run
+from clip_jax.weights import load_variables
 from tests import tiny
 
 FIRST_CONFIG = Path(__file__).parent / "golden" / "first_config.json"
@@ -39,8 +42,6 @@ def config_of(**changes):
 
 
 def leaves(state):
-    import jax
-
     return [np.asarray(leaf) for leaf in jax.tree.leaves(state)]
 
 
@@ -61,6 +62,60 @@ def test_a_run_writes_metrics_checkpoints_and_its_configuration(undisturbed):
     written = json.loads((workdir / "config.json").read_text())
     assert options.from_dict(RunConfig, written, "config.json") == CONFIG
     assert list(workdir.glob("events.out.tfevents*"))
+
+
+def test_every_checkpoint_is_a_model_folder(undisturbed):
+    workdir, state = undisturbed
+    for source in (workdir, workdir / "checkpoints" / "6"):
+        config, variables = load_variables(source)
+        assert config == CONFIG.model
+        for got, want in zip(leaves(variables), leaves(state.variables), strict=True):
+            np.testing.assert_array_equal(got, want)
+    _, earlier = load_variables(workdir / "checkpoints" / "3")
+    assert not np.array_equal(earlier["params"]["visual"]["proj"], variables["params"]["visual"]["proj"])
+
+
+def test_the_best_checkpoint_stays_and_opens_by_name(tmp_path):
+    """Scores fall after step 2; three newer checkpoints push out all but the newest three and the best."""
+    scores = iter([0.5, 0.9, 0.7, 0.6, 0.4, 0.3])
+
+    def make_evaluate(config, training):
+        return lambda state: {"eval/digits/acc1": next(scores)}
+
+    run(config_of(eval_every=1, checkpoint_every=1), str(tmp_path), make_evaluate)
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["2", "4", "5", "6"]
+    assert model_folder.find(f"{tmp_path}@best").name == "2"
+    assert model_folder.find(tmp_path).name == "6"
+
+
+def test_without_an_evaluation_there_is_no_best(undisturbed):
+    with pytest.raises(UserError, match="was evaluated, so none is best"):
+        load_variables(f"{undisturbed[0]}@best")
+
+
+def test_a_workdir_without_descriptions_still_opens_and_resumes(undisturbed, tmp_path):
+    """Workdirs of before the model folder: the configuration lies in config.json alone."""
+    workdir, state = undisturbed
+    shutil.copytree(workdir, tmp_path, dirs_exist_ok=True)
+    shutil.rmtree(tmp_path / "checkpoints" / "6")
+    shutil.rmtree(tmp_path / "checkpoints" / "3" / "description")
+    config, variables = load_variables(tmp_path)
+    assert config == CONFIG.model
+    want = load_variables(workdir / "checkpoints" / "3")[1]
+    jax.tree.map(np.testing.assert_array_equal, variables, want)
+    for got, want in zip(leaves(run(config_of(), str(tmp_path))), leaves(state), strict=True):
+        np.testing.assert_array_equal(got, want)
+
+
+def test_a_flipped_bit_is_noticed_on_resuming(undisturbed, tmp_path):
+    shutil.copytree(undisturbed[0], tmp_path, dirs_exist_ok=True)
+    folder = tmp_path / "checkpoints" / "6" / "variables"
+    largest = max((path for path in folder.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+    content = bytearray(largest.read_bytes())
+    content[len(content) // 2] ^= 1
+    largest.write_bytes(content)
+    with pytest.raises(UserError, match=r"checkpoints/6 is damaged: params/.* is not what was written"):
+        run(config_of(), str(tmp_path))
 
 
 def test_a_run_stopped_half_way_resumes_bit_for_bit(undisturbed, tmp_path):
