@@ -92,7 +92,9 @@ def quiet_again():
 
 def test_neither_events_nor_the_error_break_the_bar(capsys, monkeypatch, quiet_again):
     def main(argv):
-        for step in tqdm(range(3), desc="training", file=sys.stderr, mininterval=0, miniters=1):
+        bar = tqdm(total=3, desc="training", file=sys.stderr, mininterval=0)
+        for step in range(3):
+            bar.update()
             logging.getLogger("clip_jax.training").info("step %d", step)
             if step == 1:
                 raise UserError("an image\nis damaged")
