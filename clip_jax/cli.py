@@ -47,7 +47,9 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> tuple[argpars
         help=f"a file in configs/ without .py ({', '.join(config_names())}) or a path; "
         "--config.FIELD=VALUE overrides one value, for example --config.optimizer.learning_rate=1e-4",
     )
-    parser.add_argument("--help_config", action=_HelpConfig, nargs=0, help="print every field of a config and exit")
+    parser.add_argument(
+        "--help_config", action=_HelpConfig, nargs=0, help="print every field of a config, with its default"
+    )
     flags, rest = parser.parse_known_args(argv)
     return flags, load_config(flags.config, _assignments(rest, parser))
 

@@ -123,7 +123,7 @@ def make_workdir(workdir: epath.PathLike) -> None:
         root = absolute(workdir)
         try:
             root.mkdir(parents=True, exist_ok=True)
-            (root / ".writable").touch()
+            (root / ".writable").write_text("")
             (root / ".writable").unlink()
         except OSError as error:
             raise UserError(f"cannot write to the workdir {workdir} ({error}); give another --workdir") from error

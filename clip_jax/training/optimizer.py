@@ -32,13 +32,12 @@ class OptimizerConfig:
     mu_dtype: str = option("float32", "type of the first moment; bfloat16 saves 2 bytes per parameter")
 
     def __post_init__(self):
-        positive = {"learning_rate": self.learning_rate, "eps": self.eps}
-        for name, value in positive.items():
-            if not 0 < value < math.inf:
-                raise UserError(f"optimizer.{name} must be above 0, got {value}")
-        for name, value in {"b1": self.b1, "b2": self.b2}.items():
-            if not 0 <= value < 1:
-                raise UserError(f"optimizer.{name} must be at least 0 and below 1, got {value}")
+        for name in ("learning_rate", "eps"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise UserError(f"optimizer.{name} must be above 0, got {getattr(self, name)}")
+        for name in ("b1", "b2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise UserError(f"optimizer.{name} must be at least 0 and below 1, got {getattr(self, name)}")
         if not 0 <= self.weight_decay < math.inf:
             raise UserError(f"optimizer.weight_decay must be at least 0, got {self.weight_decay}")
         if self.mu_dtype not in MOMENT_TYPES:

@@ -1,5 +1,6 @@
 """One process of a run: `python worker.py COORDINATOR PROCESSES INDEX WORKDIR`; alone if PROCESSES is 1."""
 
+import logging
 import sys
 
 import jax
@@ -17,6 +18,7 @@ def main(coordinator: str, processes: int, index: int, workdir: str) -> None:
     jax.config.update("jax_num_cpu_devices", DEVICES // processes)
     if processes > 1:
         initialize(coordinator, processes, index)
+        assert (logging.getLogger("clip_jax").level == logging.WARNING) == (index > 0)  # one process says what happens
     run(config_of(mesh=MeshConfig(data=4, fsdp=2)), workdir, zero_shot)
 
 
