@@ -12,7 +12,7 @@ from importlib import metadata
 from pathlib import Path
 
 from clip_jax.cli import load_config, override
-from clip_jax.planner.ahead_of_time import make_plan, use_compiler_only
+from clip_jax.planner.compile import make_plan, use_compiler_only
 from clip_jax.planner.topologies import GIB, parse_topology
 from clip_jax.training.config import RunConfig
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from clip_jax.models import CLIP
+from clip_jax.models import CLIP, abstract_inputs
 from clip_jax.parallel import tree_shardings
 
 
@@ -82,11 +82,9 @@ def state_shardings(
 
 def _boxed_init(model: CLIP, optimizer: optax.GradientTransformation):
     """key -> TrainState whose parameters and moments still carry their logical axis names."""
-    resolution, length = model.config.vision.image_resolution, model.config.text.context_length
 
     def init(key: jax.Array) -> TrainState:
-        images = jnp.zeros((1, resolution, resolution, 3), jnp.float32)
-        variables = model.init(key, images, jnp.zeros((1, length), jnp.int32))
+        variables = model.lazy_init(key, *abstract_inputs(model.config))
         params = variables["params"]
         return TrainState(
             step=jnp.zeros((), jnp.int32),
