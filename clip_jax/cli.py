@@ -12,12 +12,14 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from clip_jax.errors import UserError
+from clip_jax.platform import keep_libtpu_quiet
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 
 
 def run(main: Callable[[Sequence[str]], int | None]) -> None:
     """Call `main(argv)` and exit: 0 (or what it returns), 2 with one line for a user's mistake."""
+    keep_libtpu_quiet()
     try:
         code = main(sys.argv[1:])
     except UserError as error:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-Kernel = Float[Array, "height width channels_in channels_out"]
+Kernel = Float[Array, "kernel_height kernel_width channels_in channels_out"]
 
 
 def whole(kernel: Kernel) -> Kernel:

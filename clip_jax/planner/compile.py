@@ -21,6 +21,7 @@ from clip_jax.parallel import batch_sharding, check_batch_size, make_mesh
 from clip_jax.planner.plan import Memory, Plan
 from clip_jax.planner.schedule import estimate
 from clip_jax.planner.topologies import GIB, Topology
+from clip_jax.platform import WITHOUT_TPU
 from clip_jax.training.config import RunConfig
 from clip_jax.training.optimizer import make_optimizer
 from clip_jax.training.state import abstract_state
@@ -39,8 +40,7 @@ def use_compiler_only() -> None:
         raise UserError(f"--plan needs the TPU compiler, which is not installed; install it with: {INSTALL}")
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_enable_compilation_cache", False)  # a program for another machine cannot be read back
-    quiet = {"TPU_ACCELERATOR_TYPE": "v5litepod-1", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_MIN_LOG_LEVEL": "3"}
-    os.environ.update({"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", **quiet})
+    os.environ.update({"ALLOW_MULTIPLE_LIBTPU_LOAD": "1", **WITHOUT_TPU})
 
 
 def make_plan(config: RunConfig, topology: Topology) -> Plan:
