@@ -41,7 +41,7 @@ class VisionTransformerConfig:
 
     @property
     def tokens(self) -> int:
-        """Sequence length: one token a patch, and the class token."""
+        """Sequence length: one token per patch, and the class token."""
         return (self.image_resolution // self.patch_size) ** 2 + 1
 
 
@@ -70,7 +70,7 @@ class ResNetConfig:
 
     @property
     def tokens(self) -> int:
-        """Sequence length of the attention pool: one token a cell of the last feature map, and their mean."""
+        """Sequence length of the attention pool: one token per cell of the last feature map, and their mean."""
         return (self.image_resolution // 32) ** 2 + 1
 
 
@@ -114,7 +114,7 @@ class CLIPConfig:
         for name in ("image_mean", "image_std"):
             values = getattr(self, name)
             if len(values) != 3 or not all(isinstance(value, int | float) for value in values):
-                raise UserError(f"{name} must be three numbers, one a colour, got {values!r}")
+                raise UserError(f"{name} must be three numbers, one per colour, got {values!r}")
         if not min(self.image_std) > 0:
             raise UserError(f"image_std must be above 0, got {self.image_std!r}")
         _check_choice("activation", self.activation, ACTIVATIONS)
@@ -151,7 +151,7 @@ class Execution:
         L2 norms, logits and losses are float32 regardless.
       remat: what the backward pass recomputes: "none" keeps all activations; "full" keeps only the input of each
         iteration of the layer loop (of each block in a ResNet); "dots" keeps the matrix products with weights;
-        "attention" recomputes the attention alone.
+        "attention" recomputes the attention alone. "none" and "attention" keep gathered parameters, too.
       unroll: how many Transformer blocks one iteration of the layer loop holds, at most: a divisor of the layers.
       attention: "xla" everywhere; "cudnn" (fused) on NVIDIA GPUs in bfloat16.
       block_tokens: how many tokens (whole examples) a Transformer block works on at a time on each device; 0 for all.

@@ -9,7 +9,7 @@ from jax.experimental import topologies
 
 from clip_jax.cli import load_config, override
 from clip_jax.models import parameter_count
-from clip_jax.planner.compile import use_compiler_only
+from clip_jax.planner.compile import make_plan, use_compiler_only
 from clip_jax.planner.report import main_plan
 from clip_jax.planner.topologies import parse_topology
 from clip_jax.training.config import RunConfig
@@ -53,6 +53,16 @@ def test_plan_of_a_small_step(tmp_path):
     # A trip round 4 chips, forward and backward, moves text features 3 or 4 times and what collects with them.
     assert 16 <= values["collectives"]["collective-permute"]["count"] <= 40
     assert parameters / 2 < values["collectives"]["all-reduce"]["bytes"] < state  # gradients, some of them bfloat16
+
+
+def test_parameters_are_gathered_whole_on_a_small_slice():
+    """Parts of 48 rows invite the compiler to loop over them, sending each on to the next chip."""
+    sizes = {"model.vision.width": "768", "model.vision.mlp_width": "3072", "model.vision.heads": "12"}
+    changes = {**SMALL, **sizes, "batch_size": "2048", "mesh.data": "1", "mesh.fsdp": "16"}
+    config = RunConfig.from_dict(override(load_config("demo"), list(changes.items())).to_dict())
+    collectives = make_plan(config, parse_topology("v5e-16")).cost.collectives
+    assert collectives["collective-permute"].count < 200  # the loss's ring alone: 16 chips, forwards and backwards
+    assert collectives["all-gather"].count > 3 * 2 * 6  # layers x forward and backward x matrices of a block
 
 
 @pytest.mark.parametrize("name", ["v3-32", "v4-16", "v4-512", "v5e-8", "v5p-128", "v6e-256", "tpu7x-128", "2xv5e-16"])
