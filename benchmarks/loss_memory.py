@@ -27,11 +27,11 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 import jax
 import jax.numpy as jnp
 from jax.experimental import topologies
-from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jax.stages import Compiled
 
-from clip_jax.losses.losses import BATCH_AXES, sigmoid_loss_ring, softmax_loss_dense, softmax_loss_ring
+from clip_jax.losses import LOSSES, softmax_loss
+from clip_jax.parallel import MeshConfig, Partitioner, make_partitioner
 
 RESULTS = Path(__file__).parent / "results" / "loss_memory.md"
 WIDTH = 512
@@ -43,31 +43,34 @@ MEBIBYTE = 2**20
 BYTES = {"f32": 4, "bf16": 2}
 
 
-def dense_local_loss(images, texts, logit_scale, mesh: Mesh):
+def dense_local_loss(images, texts, logit_scale, partitioner: Partitioner):
     """The peers' formulation: each device compares its images with all texts and its texts with all images."""
+    axes = partitioner.batch_axes
 
     def local_loss(images, texts, logit_scale):
-        first = jax.lax.axis_index(BATCH_AXES) * images.shape[0]
+        first = jax.lax.axis_index(axes) * images.shape[0]
         labels = first + jnp.arange(images.shape[0])
 
         def cross_entropy(queries, keys):
-            keys = jax.lax.all_gather(keys, BATCH_AXES, tiled=True)
+            keys = jax.lax.all_gather(keys, axes, tiled=True)
             log_probabilities = jax.nn.log_softmax(jnp.exp(logit_scale) * queries @ keys.T)
             return -jnp.mean(jnp.take_along_axis(log_probabilities, labels[:, None], axis=1))
 
-        return jax.lax.pmean((cross_entropy(images, texts) + cross_entropy(texts, images)) / 2, BATCH_AXES)
+        return jax.lax.pmean((cross_entropy(images, texts) + cross_entropy(texts, images)) / 2, axes)
 
-    specs = (P(BATCH_AXES), P(BATCH_AXES), P())
-    return jax.shard_map(local_loss, mesh=mesh, in_specs=specs, out_specs=P())(images, texts, logit_scale)
+    sharded = jax.shard_map(local_loss, mesh=partitioner.mesh, in_specs=(P(axes), P(axes), P()), out_specs=P())
+    return sharded(images, texts, logit_scale)
 
 
-def compile_gradients(loss: Callable, mesh: Mesh, batch: int, dtype: jnp.dtype, scalars: int = 1) -> Compiled:
+def compile_gradients(
+    loss: Callable, partitioner: Partitioner, batch: int, dtype: jnp.dtype, scalars: int = 1
+) -> Compiled:
     """Compiles loss and gradients for features sharded over the batch; gradients are sharded like them."""
-    sharded, replicated = NamedSharding(mesh, P(BATCH_AXES)), NamedSharding(mesh, P())
-    features = jax.ShapeDtypeStruct((batch, WIDTH), dtype, sharding=sharded)
-    values = [features, features] + [jax.ShapeDtypeStruct((), jnp.float32, sharding=replicated)] * scalars
+    features = jax.ShapeDtypeStruct((batch, WIDTH), dtype, sharding=partitioner.batch_sharding)
+    scalar = jax.ShapeDtypeStruct((), jnp.float32, sharding=partitioner.replicated)
+    values = [features, features] + [scalar] * scalars
     gradient = jax.value_and_grad(loss, argnums=tuple(range(len(values))))
-    out_shardings = (replicated, tuple(value.sharding for value in values))
+    out_shardings = (partitioner.replicated, tuple(value.sharding for value in values))
     return jax.jit(gradient, out_shardings=out_shardings).lower(*values).compile()
 
 
@@ -102,12 +105,7 @@ def transfers(compiled: Compiled) -> tuple[int, int, float]:
     return count, overlapped, sent / MEBIBYTE
 
 
-def virtual_mesh() -> Mesh:
-    """8 virtual CPU devices."""
-    return jax.make_mesh((8, 1, 1), (*BATCH_AXES, "tensor"), axis_types=(AxisType.Auto,) * 3)
-
-
-def pod_mesh() -> Mesh:
+def pod() -> Partitioner:
     """A described v5e-256 slice: 16 x 16 chips, a ring in both directions."""
     topology = topologies.get_topology_desc(
         platform="tpu",
@@ -117,23 +115,30 @@ def pod_mesh() -> Mesh:
         num_slices=1,
         wrap=(True, True, False),
     )
-    axis_types = (AxisType.Auto,) * 3
-    return jax.make_mesh((256, 1, 1), (*BATCH_AXES, "tensor"), axis_types=axis_types, devices=topology.devices)
+    return make_partitioner(MeshConfig(), topology.devices)
+
+
+def ring(name: str, partitioner: Partitioner, tile: int, batch: int, dtype: jnp.dtype) -> Compiled:
+    """A loss over the mesh, with its gradients."""
+    loss = LOSSES[name]
+
+    def value(images, texts, *parameters):
+        return loss.over_mesh(images, texts, dict(zip(loss.initial, parameters, strict=True)), partitioner, tile)
+
+    return compile_gradients(value, partitioner, batch, dtype, scalars=len(loss.initial))
 
 
 def compare_on_cpu() -> list[str]:
     """Rows of the first table."""
-    mesh = virtual_mesh()
+    partitioner = make_partitioner(MeshConfig())
     rows = [
         "| global batch | tile | dense-local, MiB | softmax ring, MiB | less | sigmoid ring, MiB |",
         "|" + "---:|" * 6,
     ]
     for batch, tile in product(CPU_BATCHES, CPU_TILES):
-        local = temporaries(compile_gradients(partial(dense_local_loss, mesh=mesh), mesh, batch, jnp.float32))
-        softmax, sigmoid = (
-            temporaries(compile_gradients(partial(loss, mesh=mesh, tile=tile), mesh, batch, jnp.float32, scalars))
-            for loss, scalars in ((softmax_loss_ring, 1), (sigmoid_loss_ring, 2))
-        )
+        dense = partial(dense_local_loss, partitioner=partitioner)
+        local = temporaries(compile_gradients(dense, partitioner, batch, jnp.float32))
+        softmax, sigmoid = (temporaries(ring(name, partitioner, tile, batch, jnp.float32)) for name in LOSSES)
         rows.append(f"| {batch:,} | {tile} | {local:,.1f} | {softmax:.1f} | {local / softmax:.0f}x | {sigmoid:.1f} |")
     return rows
 
@@ -142,22 +147,19 @@ def scale_on_tpu() -> list[str]:
     """Rows of the second table, or the one line that says why there is none."""
     if util.find_spec("libtpu") is None:
         return ["Not measured: the TPU compiler is missing; `pip install libtpu` and run again."]
-    mesh = pod_mesh()
+    partitioner = pod()
     rows = [
         "| global batch | features of a chip, MiB | softmax ring, MiB | sigmoid ring, MiB | dense, MiB "
         "| transfers a hop | overlapped | sent by a chip, MiB |",
         "|" + "---:|" * 8,
     ]
     for batch in TPU_BATCHES:
-        softmax, sigmoid = (
-            compile_gradients(partial(loss, mesh=mesh, tile=TPU_TILE), mesh, batch, jnp.bfloat16, scalars)
-            for loss, scalars in ((softmax_loss_ring, 1), (sigmoid_loss_ring, 2))
-        )
+        softmax, sigmoid = (ring(name, partitioner, TPU_TILE, batch, jnp.bfloat16) for name in LOSSES)
         count, overlapped, sent = transfers(softmax)
         dense = "does not fit"
         with contextlib.suppress(jax.errors.JaxRuntimeError):
-            dense = f"{temporaries(compile_gradients(softmax_loss_dense, mesh, batch, jnp.bfloat16)):,.0f}"
-        features = 2 * batch * WIDTH * 2 / mesh.size / MEBIBYTE
+            dense = f"{temporaries(compile_gradients(softmax_loss, partitioner, batch, jnp.bfloat16)):,.0f}"
+        features = 2 * batch * WIDTH * 2 / partitioner.mesh.size / MEBIBYTE
         rows.append(
             f"| {batch:,} | {features:.2f} | {temporaries(softmax):.2f} | {temporaries(sigmoid):.2f} "
             f"| {dense} | {count} | {overlapped} | {sent:,.0f} |"
@@ -183,7 +185,7 @@ def main() -> None:
         "",
         *scale_on_tpu(),
         "",
-        "Temporaries are those in HBM: tiles that fit into a chip's VMEM take none. Dense is `softmax_loss_dense`,",
+        "Temporaries are those in HBM: tiles that fit into a chip's VMEM take none. Dense is `softmax_loss`,",
         'which the compiler shards by itself. "Overlapped" counts the transfers of a hop (forward and backward)',
         "that the schedule starts before the tiles and ends after them.",
     ]

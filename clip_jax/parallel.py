@@ -1,13 +1,15 @@
-"""The mesh and the logical-axis rules: the one place that says what is sharded over what.
+"""What is sharded over what: the one place that knows the mesh and the rules for the modules' logical axes.
 
 Three mesh axes. The batch is split over `data` and `fsdp` together; `fsdp` also splits parameters and optimizer
 state along their `embed` (or `channels`) axis, gathered again where they are used; `tensor` splits attention heads,
 MLP widths and the vocabulary.
 """
 
-from collections.abc import Mapping
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 import flax.linen as nn
@@ -19,29 +21,43 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from clip_jax.errors import UserError
 
 MESH_AXES = ("data", "fsdp", "tensor")
-BATCH_AXES = ("data", "fsdp")
+MeshAxes = str | tuple[str, ...] | None
 
-# Logical axis -> mesh axes. A logical axis that is not named here is never split.
-RULES: tuple[tuple[str, Any], ...] = (
-    ("batch", BATCH_AXES),
-    ("embed", "fsdp"),  # the width of a tower, in parameters
-    ("channels", "fsdp"),  # the output channels of a convolution
-    ("heads", "tensor"),
-    ("mlp", "tensor"),
-    ("vocab", "tensor"),
+# Every logical axis of the modules -> the mesh axes that it is split over; None is never split.
+RULES: Mapping[str, MeshAxes] = MappingProxyType(
+    {
+        "batch": ("data", "fsdp"),
+        "embed": "fsdp",  # the width of a tower, in parameters
+        "channels": "fsdp",  # the output channels of a convolution
+        "heads": "tensor",
+        "mlp": "tensor",
+        "vocab": "tensor",
+        **dict.fromkeys(("channels_in", "head_dim", "kernel_height", "kernel_width", "layers", "norm", "positions")),
+        **dict.fromkeys(("features", "height", "length", "projection", "width")),
+    }
 )
 
 
 @dataclass(frozen=True)
-class MeshSizes:
-    """Devices of a slice along each mesh axis; one of them may be -1 and takes what the others leave.
+class MeshConfig:
+    """Devices of a slice along each mesh axis, and rules over those of `RULES`.
 
-    Several slices multiply `data`, so that only gradients and the loss's features travel between them.
+    One of the sizes may be -1 and takes what the others leave. Several slices multiply `data`, so that only gradients
+    and the loss's features travel between them.
     """
 
     data: int = -1
     fsdp: int = 1
     tensor: int = 1
+    rules: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self):
+        for name, axes in self.rules.items():
+            if name not in RULES:
+                raise UserError(f"mesh.rules has no logical axis {name!r}; expected some of {', '.join(RULES)}")
+            unknown = set(_tuple(axes)) - set(MESH_AXES)
+            if unknown or (name == "batch" and not _tuple(axes)):
+                raise UserError(f"mesh.rules.{name} must be some of {', '.join(MESH_AXES)}; got {axes!r}")
 
     def resolve(self, devices: int) -> tuple[int, int, int]:
         """The three sizes for so many devices of one slice.
@@ -51,8 +67,8 @@ class MeshSizes:
         """
         sizes = [self.data, self.fsdp, self.tensor]
         if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
-            raise UserError(f"mesh sizes must be at least 1, and one of them may be -1; got {self}")
-        known = int(np.prod([size for size in sizes if size != -1]))
+            raise UserError(f"mesh sizes must be at least 1, and one of them may be -1; got {sizes}")
+        known = math.prod(size for size in sizes if size != -1)
         if devices % known or (-1 not in sizes and known != devices):
             divisors = [n for n in range(1, devices + 1) if devices % n == 0]
             raise UserError(
@@ -62,8 +78,101 @@ class MeshSizes:
         return tuple(devices // known if size == -1 else size for size in sizes)
 
 
-def make_mesh(sizes: MeshSizes, devices: list[jax.Device] | None = None) -> Mesh:
-    """A mesh with axes `MESH_AXES` over `devices` (default: all, of every process).
+@dataclass(frozen=True)
+class Partitioner:
+    """A mesh with axes `MESH_AXES`, and the rules that say what is split over it."""
+
+    mesh: Mesh
+    rules: Mapping[str, MeshAxes]
+
+    @property
+    def batch_axes(self) -> tuple[str, ...]:
+        """The mesh axes over which the batch is split."""
+        return _tuple(self.rules["batch"])
+
+    @property
+    def batch_shards(self) -> int:
+        """Into how many pieces the batch is split."""
+        return self._size(self.batch_axes)
+
+    @property
+    def batch_sharding(self) -> NamedSharding:
+        """Of an array whose first axis is the global batch."""
+        return NamedSharding(self.mesh, PartitionSpec(self.batch_axes))
+
+    @property
+    def replicated(self) -> NamedSharding:
+        """The same on every device."""
+        return NamedSharding(self.mesh, PartitionSpec())
+
+    def shardings(self, tree: Any) -> Any:
+        """A NamedSharding for every leaf of a tree of (boxed) shapes, as `jax.eval_shape` of an init makes them.
+
+        A leaf's axis stays whole where the mesh axis does not divide it (a stem of 32 channels over 256 chips, say).
+
+        Args:
+          tree: leaves are shapes, boxed by `nn.with_logical_partitioning` where they have logical axes.
+        """
+        specs = nn.logical_to_mesh(nn.get_partition_spec(tree), tuple(self.rules.items()))
+
+        def sharding(leaf: Any, spec: PartitionSpec) -> NamedSharding:
+            axes = [
+                axis if size % self._size(_tuple(axis)) == 0 else None
+                for size, axis in zip(leaf.shape, (*spec, *[None] * len(leaf.shape)), strict=False)
+            ]
+            while axes and axes[-1] is None:
+                axes.pop()
+            return NamedSharding(self.mesh, PartitionSpec(*axes))
+
+        return jax.tree.map(sharding, nn.unbox(tree), specs)
+
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        """Within it, `nn.with_logical_constraint` in the modules takes effect (outside it silently does nothing)."""
+        with jax.set_mesh(self.mesh), nn.logical_axis_rules(tuple(self.rules.items())):
+            yield
+
+    def jit(self, function: Callable, **options: Any) -> "Jitted":
+        """`jax.jit(function, **options)`, called and lowered while this partitioner is active."""
+        return Jitted(jax.jit(function, **options), self)
+
+    def check_batch_size(self, batch_size: int, microbatches: int = 1, processes: int = 1) -> None:
+        """Every device, host and micro-batch must get the same number of examples.
+
+        Raises:
+          UserError: they do not; the message names the nearest sizes that work.
+        """
+        unit = math.lcm(self.batch_shards * microbatches, processes)
+        if batch_size < 1 or batch_size % unit:
+            below = batch_size // unit * unit
+            nearest = f"{below} or {below + unit}" if below > 0 else f"{unit}"
+            raise UserError(
+                f"batch_size must be a multiple of {unit} ({self.batch_shards} batch shards x {microbatches} "
+                f"microbatches, {processes} hosts), got {batch_size}; try {nearest}"
+            )
+
+    def _size(self, axes: tuple[str, ...]) -> int:
+        return math.prod(self.mesh.shape[axis] for axis in axes)
+
+
+@dataclass(frozen=True)
+class Jitted:
+    """A jitted function that runs with the mesh and the rules that its modules look up."""
+
+    function: Any
+    partitioner: Partitioner
+
+    def __call__(self, *args: Any) -> Any:
+        with self.partitioner.active():
+            return self.function(*args)
+
+    def lower(self, *args: Any) -> Any:
+        with self.partitioner.active():
+            return self.function.lower(*args)
+
+
+def make_partitioner(config: MeshConfig, devices: list[jax.Device] | None = None) -> Partitioner:
+    """The mesh that `config` describes over `devices` (default: all, of every process), with its rules.
 
     On several TPU slices the `data` axis goes across them.
 
@@ -72,82 +181,15 @@ def make_mesh(sizes: MeshSizes, devices: list[jax.Device] | None = None) -> Mesh
     """
     devices = jax.devices() if devices is None else devices
     slices = len({getattr(device, "slice_index", 0) for device in devices})
-    shape = sizes.resolve(len(devices) // slices)
+    shape = config.resolve(len(devices) // slices)
     if slices > 1:
         grid = mesh_utils.create_hybrid_device_mesh(shape, (slices, 1, 1), devices, allow_split_physical_axes=True)
     else:
         grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
-    return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+    mesh = Mesh(np.asarray(grid), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+    return Partitioner(mesh, MappingProxyType({**RULES, **config.rules}))
 
 
-def batch_shards(mesh: Mesh) -> int:
-    """Into how many pieces the batch is split."""
-    return int(np.prod([mesh.shape[axis] for axis in BATCH_AXES]))
-
-
-def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """The sharding of an array whose first axis is the global batch."""
-    return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
-
-
-def replicated(mesh: Mesh) -> NamedSharding:
-    """The same on every device."""
-    return NamedSharding(mesh, PartitionSpec())
-
-
-def check_batch_size(batch_size: int, microbatches: int, mesh: Mesh, processes: int = 1) -> None:
-    """Every device, host and micro-batch must get the same number of examples.
-
-    Raises:
-      UserError: they do not; the message names the nearest sizes that work.
-    """
-    unit = int(np.lcm(batch_shards(mesh) * microbatches, processes))
-    if batch_size < 1 or batch_size % unit:
-        below, above = batch_size // unit * unit, (batch_size // unit + 1) * unit
-        nearest = f"{below} or {above}" if below > 0 else f"{above}"
-        raise UserError(
-            f"batch_size must be a multiple of {unit} ({batch_shards(mesh)} batch shards x {microbatches} "
-            f"microbatches, {processes} hosts), got {batch_size}; try {nearest}"
-        )
-
-
-def tree_shardings(tree: Any, mesh: Mesh, rules: Mapping[str, Any] | None = None) -> Any:
-    """A NamedSharding for every leaf of a tree of (boxed) shapes, as `jax.eval_shape` of an init makes them.
-
-    A leaf's axis stays whole where the mesh axis does not divide it (a stem of 32 channels over 256 chips, say).
-
-    Args:
-      tree: leaves are shapes, boxed by `nn.with_logical_partitioning` where they have logical axes.
-      mesh: from `make_mesh`.
-      rules: logical axis -> mesh axis, over those of `RULES`.
-    """
-    specs = nn.logical_to_mesh(nn.get_partition_spec(tree), logical_rules(rules))
-
-    def sharding(leaf: Any, spec: PartitionSpec) -> NamedSharding:
-        axes = [
-            axis if axis is not None and size % _mesh_size(mesh, axis) == 0 else None
-            for size, axis in zip(leaf.shape, (*spec, *[None] * len(leaf.shape)), strict=False)
-        ]
-        while axes and axes[-1] is None:
-            axes.pop()
-        return NamedSharding(mesh, PartitionSpec(*axes))
-
-    return jax.tree.map(sharding, nn.unbox(tree), specs)
-
-
-def logical_rules(overrides: Mapping[str, Any] | None = None) -> tuple[tuple[str, Any], ...]:
-    """`RULES` with some entries replaced or added."""
-    return tuple({**dict(RULES), **(overrides or {})}.items())
-
-
-@contextmanager
-def use_mesh(mesh: Mesh, rules: Mapping[str, Any] | None = None):
-    """Within it, `nn.with_logical_constraint` in the modules takes effect (without a mesh it silently does nothing)."""
-    with ExitStack() as stack:
-        stack.enter_context(jax.set_mesh(mesh))
-        stack.enter_context(nn.logical_axis_rules(logical_rules(rules)))
-        yield
-
-
-def _mesh_size(mesh: Mesh, axes: str | tuple[str, ...]) -> int:
-    return int(np.prod([mesh.shape[axis] for axis in ((axes,) if isinstance(axes, str) else axes)]))
+def _tuple(axes: MeshAxes | list[str]) -> tuple[str, ...]:
+    """Mesh axes as a rule gives them: one, several or none."""
+    return (axes,) if isinstance(axes, str) else tuple(axes or ())

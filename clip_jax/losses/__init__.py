@@ -1,1 +1,13 @@
-"""The contrastive losses, each dense and as a ring over the mesh."""
+"""The contrastive losses, each as one object: its definition, its ring over the mesh, its parameters' start and bounds.
+
+A loss of one's own is one more file and one more entry of `LOSSES`.
+"""
+
+from clip_jax.losses.loss import Loss
+from clip_jax.losses.sigmoid import SIGMOID, sigmoid_loss
+from clip_jax.losses.softmax import SOFTMAX, softmax_loss
+
+# What `config.loss` can name.
+LOSSES: dict[str, Loss] = {"softmax": SOFTMAX, "sigmoid": SIGMOID}
+
+__all__ = ["LOSSES", "SIGMOID", "SOFTMAX", "Loss", "sigmoid_loss", "softmax_loss"]

@@ -1,5 +1,8 @@
 """CLIP: an image tower and a text tower that meet in one space (paper section 2.3, figure 3)."""
 
+from functools import lru_cache
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -14,11 +17,9 @@ from clip_jax.models.initializers import constant
 from clip_jax.models.resnet import ModifiedResNet
 from clip_jax.models.text import TextOutput, TextTransformer
 from clip_jax.models.vision_transformer import VisionTransformer
+from clip_jax.precision import at_least_float32
 
-# What training starts from: the paper's temperature for the softmax loss, SigLIP's scale and bias for the sigmoid.
-SOFTMAX_LOGIT_SCALE = float(np.log(1 / 0.07))
-SIGMOID_LOGIT_SCALE = float(np.log(10))
-SIGMOID_LOGIT_BIAS = -10.0
+FIRST_LOGIT_SCALE = float(np.log(1 / 0.07))  # of the paper; a loss of another recipe starts it elsewhere
 
 Images = Float[Array | np.ndarray, "images _height _width 3"]
 Tokens = Int[Array | np.ndarray, "texts length"]
@@ -46,10 +47,9 @@ class CLIP(nn.Module):
         else:
             self.visual = VisionTransformer(config.vision, config.embed_dim, config.activation, execution)
         self.text = TextTransformer(config.text, config.embed_dim, config.activation, execution)
-        scale = SIGMOID_LOGIT_SCALE if config.logit_bias else SOFTMAX_LOGIT_SCALE
-        self.logit_scale = self.param("logit_scale", constant(scale), ())
+        self.logit_scale = self.param("logit_scale", constant(FIRST_LOGIT_SCALE), ())
         if config.logit_bias:
-            self.logit_bias = self.param("logit_bias", constant(SIGMOID_LOGIT_BIAS), ())
+            self.logit_bias = self.param("logit_bias", constant(0.0), ())
 
     def __call__(
         self, images: Images, tokens: Tokens, train: bool = False
@@ -96,12 +96,19 @@ class CLIP(nn.Module):
                 f"expected tokens of shape (batch, at most {longest}), got {tokens.shape}; "
                 f"make them with tokenize(texts, context_length={longest})"
             )
+        if isinstance(tokens, np.ndarray):  # looking into a device's array would wait for it
+            outside = tokens[(tokens < 0) | (tokens >= self.config.text.vocab_size)]
+            if outside.size:
+                raise UserError(
+                    f"expected token ids from 0 to {self.config.text.vocab_size - 1}, got {outside[0]}: "
+                    "tokenize texts with the model's own tokenizer"
+                )
         return jnp.asarray(tokens)
 
 
 def normalize(features: Float[Array, "batch embed_dim"]) -> Float[Array, "batch embed_dim"]:
-    """Rows of unit L2 norm, computed and returned in float32 (no epsilon, as in the reference)."""
-    features = features.astype(jnp.float32)
+    """Rows of unit L2 norm, computed and returned in at least float32 (no epsilon, as in the reference)."""
+    features = at_least_float32(features)
     return features / jnp.linalg.norm(features, axis=-1, keepdims=True)
 
 
@@ -126,5 +133,10 @@ def abstract_inputs(
 
 def parameter_count(config: CLIPConfig) -> int:
     """How many trained numbers the model has, without making any."""
-    variables = jax.eval_shape(CLIP(config).init, jax.random.key(0), *abstract_inputs(config))
-    return sum(leaf.size for leaf in jax.tree.leaves(variables["params"]))
+    return sum(leaf.size for leaf in jax.tree.leaves(variable_shapes(config)["params"]))
+
+
+@lru_cache(maxsize=4)
+def variable_shapes(config: CLIPConfig) -> Any:
+    """The model's variables as `jax.ShapeDtypeStruct`s; nothing is allocated."""
+    return nn.unbox(jax.eval_shape(CLIP(config).init, jax.random.key(0), *abstract_inputs(config)))

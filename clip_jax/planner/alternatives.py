@@ -23,7 +23,7 @@ def next_change(plan: Plan) -> RunConfig | None:
     shrink the temporaries in proportion at most.
     """
     config, memory, limit = plan.config, plan.memory, plan.topology.device.hbm_limit
-    slices, microbatches = plan.topology.slices, config.step.microbatches
+    slices, microbatches = plan.topology.slices, config.microbatches
     data, fsdp, _ = config.mesh.resolve(plan.devices // slices)
     if config.execution.remat != "full":
         return dataclasses.replace(config, execution=dataclasses.replace(config.execution, remat="full"))
@@ -34,5 +34,5 @@ def next_change(plan: Plan) -> RunConfig | None:
     while pieces < microbatches * memory.temporaries / limit:
         pieces *= 2
     if config.batch_size // (slices * data * fsdp) % pieces == 0:
-        return dataclasses.replace(config, step=dataclasses.replace(config.step, microbatches=pieces))
+        return dataclasses.replace(config, microbatches=pieces)
     return None

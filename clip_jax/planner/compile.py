@@ -16,14 +16,12 @@ import numpy as np
 from jax.experimental import topologies
 
 from clip_jax.errors import UserError
-from clip_jax.models import CLIP, abstract_inputs
-from clip_jax.parallel import batch_sharding, check_batch_size, make_mesh
+from clip_jax.models import abstract_inputs
 from clip_jax.planner.plan import Memory, Plan
 from clip_jax.planner.schedule import estimate
 from clip_jax.planner.topologies import GIB, Topology
 from clip_jax.platform import WITHOUT_TPU
-from clip_jax.training.config import RunConfig
-from clip_jax.training.optimizer import make_optimizer
+from clip_jax.training.config import RunConfig, make_training
 from clip_jax.training.state import abstract_state
 from clip_jax.training.step import make_train_step
 
@@ -50,15 +48,13 @@ def make_plan(config: RunConfig, topology: Topology) -> Plan:
       UserError: the mesh does not fit the devices, or the batch does not divide over them.
     """
     devices = topologies.get_topology_desc(**topology.description()).devices
-    mesh = make_mesh(config.mesh, devices)
-    hosts = len({device.process_index for device in devices})
-    check_batch_size(config.batch_size, config.step.microbatches, mesh, hosts)
-    model = CLIP(config.model, config.execution)
-    optimizer = make_optimizer(config.optimizer, config.total_steps)
-    state = abstract_state(model, optimizer, mesh, config.rules)
-    images, tokens = abstract_inputs(config.model, config.batch_size, jnp.uint8, batch_sharding(mesh))
+    training = make_training(config, devices)
+    partitioner, hosts = training.partitioner, len({device.process_index for device in devices})
+    partitioner.check_batch_size(config.batch_size, config.microbatches, hosts)
+    state = abstract_state(training)
+    images, tokens = abstract_inputs(config.model, config.batch_size, jnp.uint8, partitioner.batch_sharding)
     batch = {"image": images, "text": tokens}
-    step = make_train_step(model, optimizer, config.step, mesh, config.rules)
+    step = make_train_step(training)
     _progress(f"compiling {config.name}, batch {config.batch_size}, for {topology.name}; this takes a minute or more")
     start = time.perf_counter()
     try:

@@ -65,7 +65,7 @@ class Plan:
         sizes = self.config.mesh.resolve(self.devices // self.topology.slices)
         mesh = dict(zip(("mesh.data", "mesh.fsdp", "mesh.tensor"), sizes, strict=True))
         execution = dataclasses.asdict(self.config.execution)
-        return {"microbatches": self.config.step.microbatches, **execution, **mesh}
+        return {"microbatches": self.config.microbatches, **execution, **mesh}
 
     @property
     def devices(self) -> int:

@@ -4,11 +4,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import jax
+
 from clip_jax.errors import UserError
-from clip_jax.models import CLIPConfig, Execution
-from clip_jax.parallel import MeshSizes
-from clip_jax.training.optimizer import OptimizerConfig
-from clip_jax.training.step import StepConfig
+from clip_jax.losses import LOSSES
+from clip_jax.models import CLIP, CLIPConfig, Execution
+from clip_jax.parallel import MeshConfig, make_partitioner
+from clip_jax.training.optimizer import OptimizerConfig, make_optimizer
+from clip_jax.training.state import Training
 
 # What may differ between a run and its continuation: none of it changes what is learned.
 FREE_TO_CHANGE = (
@@ -33,9 +36,10 @@ class RunConfig:
     model: CLIPConfig
     execution: Execution
     optimizer: OptimizerConfig
-    step: StepConfig
-    mesh: MeshSizes
-    rules: Mapping[str, Any]
+    loss: str
+    loss_tile: int
+    microbatches: int
+    mesh: MeshConfig
     seed: int
     batch_size: int
     total_steps: int
@@ -53,21 +57,24 @@ class RunConfig:
         Raises:
           UserError: a value is impossible.
         """
-        for field in ("batch_size", "total_steps", "log_every", "eval_every", "checkpoint_every"):
+        if config["loss"] not in LOSSES:
+            raise UserError(f"loss must be one of {', '.join(LOSSES)}; got {config['loss']!r}")
+        steps = ("total_steps", "log_every", "eval_every", "checkpoint_every")
+        for field in ("loss_tile", "microbatches", "batch_size", *steps):
             if config[field] < 1:
                 raise UserError(f"{field} must be at least 1, got {config[field]}")
-        mesh = dict(config["mesh"])
         return cls(
             name=config["name"],
             model=CLIPConfig.from_dict(config["model"]),
             execution=Execution(**{k: config[k] for k in ("dtype", "remat", "unroll", "attention", "block_tokens")}),
             optimizer=OptimizerConfig(**config["optimizer"]),
-            step=StepConfig(**{k: config[k] for k in ("loss", "loss_tile", "microbatches")}),
-            rules=mesh.pop("rules"),
-            mesh=MeshSizes(**mesh),
+            mesh=MeshConfig(**config["mesh"]),
             **{
                 k: config[k]
                 for k in (
+                    "loss",
+                    "loss_tile",
+                    "microbatches",
                     "seed",
                     "batch_size",
                     "total_steps",
@@ -80,6 +87,22 @@ class RunConfig:
             },
             eval_datasets=tuple(config["eval_datasets"]),
         )
+
+
+def make_training(config: RunConfig, devices: list[jax.Device] | None = None) -> Training:
+    """What a run trains, over `devices` (default: all, of every process).
+
+    Raises:
+      UserError: the mesh does not fit the devices, or the schedule not the run.
+    """
+    return Training(
+        model=CLIP(config.model, config.execution),
+        optimizer=make_optimizer(config.optimizer, config.total_steps),
+        partitioner=make_partitioner(config.mesh, devices),
+        loss=LOSSES[config.loss],
+        loss_tile=config.loss_tile,
+        microbatches=config.microbatches,
+    )
 
 
 def check_same_run(config: Mapping[str, Any], previous: Mapping[str, Any]) -> None:

@@ -1,141 +1,98 @@
-"""The training loop: it owns the step number, feeds batches, and reports what comes back."""
+"""The training loop: it takes steps and calls hooks. What happens now and then is a hook's affair (hooks.py)."""
 
-import sys
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
-from tqdm import tqdm
 
-from clip_jax.parallel import batch_sharding
-from clip_jax.training.checkpoint import Checkpoints
-from clip_jax.training.metrics import MetricsWriter
+from clip_jax.parallel import Partitioner
 from clip_jax.training.state import TrainState
 
 HostBatch = Mapping[str, np.ndarray]
-Evaluate = Callable[[TrainState], Mapping[str, float]]
 
 
 @dataclass(frozen=True)
-class LoopConfig:
-    """How long, and what happens every so many steps."""
+class Step:
+    """A step that has been taken.
 
-    total_steps: int
-    batch_size: int
-    log_every: int
-    eval_every: int
-    checkpoint_every: int
+    Attributes:
+      number: counted from 1.
+      state: after it.
+      metrics: of it, on the devices, which may still be computing them.
+      last: whether it is the last of the run.
+    """
+
+    number: int
+    state: TrainState
+    metrics: Mapping[str, jax.Array]
+    last: bool
+
+
+class Hook:
+    """What is called as a run goes on. A hook overrides the methods it needs."""
+
+    def start(self, state: TrainState) -> None:
+        """Before the first step."""
+
+    def step(self, step: Step) -> None:
+        """After every step."""
+
+    def end(self) -> None:
+        """When the run ends, also by an exception."""
+
+
+def every(steps: int, hook: Hook) -> Hook:
+    """`hook`, called after every so many steps and after the last one."""
+    return _Every(steps, hook)
+
+
+class _Every(Hook):
+    def __init__(self, steps: int, hook: Hook):
+        self._steps, self._hook = steps, hook
+        self.start, self.end = hook.start, hook.end
+
+    def step(self, step: Step) -> None:
+        if step.last or step.number % self._steps == 0:
+            self._hook.step(step)
 
 
 def train(
     state: TrainState,
-    train_step: Callable,
-    batches: Iterator[HostBatch],
-    config: LoopConfig,
-    mesh: Mesh,
-    checkpoints: Checkpoints,
-    writer: MetricsWriter | None,
-    learning_rate: Callable[[int], float],
-    evaluate: Evaluate | None,
+    train_step: Callable[[TrainState, Any], tuple[TrainState, Mapping[str, jax.Array]]],
+    batches: Iterator[Any],
+    total_steps: int,
+    hooks: Sequence[Hook],
 ) -> TrainState:
     """Run from `state.step` to `total_steps`; returns the last state.
 
     Args:
       state: fresh or restored.
       train_step: from `make_train_step`.
-      batches: this host's share of the global batches, from step `state.step` on.
-      config: durations.
-      mesh: where the batch goes.
-      checkpoints: where the state goes, every `checkpoint_every` steps and at the end.
-      writer: where metrics go; None on hosts that do not write.
-      learning_rate: the schedule, for the log.
-      evaluate: called every `eval_every` steps and at the end; its values are logged as they come.
+      batches: global batches on the devices, from step `state.step` on.
+      total_steps: of the whole run.
+      hooks: called in this order after each step, and closed in reverse order.
     """
-    start = int(state.step)
-    log = _Log(config, start, writer, learning_rate)
-    for step in range(start + 1, config.total_steps + 1):
-        batch = to_devices(next(batches), mesh)
-        state, metrics = train_step(state, batch)
-        # The metrics of the step before are ready by now: reading them does not hold up the devices.
-        log.step(step, metrics)
-        last = step == config.total_steps
-        if last or step % config.eval_every == 0 or step % config.checkpoint_every == 0:
-            log.flush()
-            if last or step % config.checkpoint_every == 0:
-                checkpoints.save(step, state)
-            if evaluate is not None and (last or step % config.eval_every == 0):
-                log.evaluation(step, evaluate(state))
-    log.close()
+    with ExitStack() as ends:
+        for hook in hooks:
+            ends.callback(hook.end)
+            hook.start(state)
+        for number in range(int(state.step) + 1, total_steps + 1):
+            state, metrics = train_step(state, next(batches))
+            step = Step(number, state, metrics, last=number == total_steps)
+            for hook in hooks:
+                hook.step(step)
     return state
 
 
-def to_devices(batch: HostBatch, mesh: Mesh) -> dict[str, jax.Array]:
-    """Global arrays from each host's share of the batch."""
-    sharding = batch_sharding(mesh)
+def on_devices(batches: Iterator[HostBatch], partitioner: Partitioner) -> Iterator[dict[str, jax.Array]]:
+    """Global batches from each host's share of them."""
+    return (to_devices(batch, partitioner) for batch in batches)
+
+
+def to_devices(batch: HostBatch, partitioner: Partitioner) -> dict[str, jax.Array]:
+    """A global batch from this host's share of it."""
+    sharding = partitioner.batch_sharding
     return {key: jax.make_array_from_process_local_data(sharding, value) for key, value in batch.items()}
-
-
-class _Log:
-    """Progress bar and metric lines, one step behind the devices."""
-
-    def __init__(self, config: LoopConfig, start: int, writer: MetricsWriter | None, learning_rate: Callable):
-        self._config, self._writer, self._learning_rate = config, writer, learning_rate
-        self._began = self._marked = time.perf_counter()
-        self._marked_step, self._pending = start, None
-        self._bar = tqdm(
-            total=config.total_steps,
-            initial=start,
-            desc="training",
-            unit="step",
-            disable=writer is None,
-            mininterval=0.2 if sys.stderr.isatty() else 20,
-            bar_format="{desc} {n}/{total} |{bar:20}| {remaining} left{postfix}",
-        )
-
-    def step(self, step: int, metrics: Mapping[str, jax.Array]) -> None:
-        """Note the metrics of `step`, write those of the step before."""
-        self.flush()
-        if step % self._config.log_every == 0 or step in (1, self._config.total_steps):
-            self._pending = step, metrics
-        self._bar.update()
-
-    def flush(self) -> None:
-        """Write what is pending."""
-        if self._pending is None:
-            return
-        step, metrics = self._pending
-        self._pending = None
-        values = {key: float(value) for key, value in jax.device_get(metrics).items()}
-        now = time.perf_counter()
-        rate = (step - self._marked_step) * self._config.batch_size / (now - self._marked)
-        self._marked, self._marked_step = now, step
-        if self._writer is None:
-            return
-        self._writer.write(
-            step,
-            {
-                **values,
-                "learning_rate": float(self._learning_rate(step - 1)),
-                "examples_per_second": rate,
-                "seconds": now - self._began,
-            },
-        )
-        temperature = np.exp(-values["logit_scale"])
-        self._bar.set_postfix_str(
-            f"loss {values['loss']:.4f}, temperature {temperature:.4f}, {rate:,.0f} examples/s", refresh=False
-        )
-
-    def evaluation(self, step: int, values: Mapping[str, float]) -> None:
-        """Write the values of an evaluation, whose time does not count as training."""
-        if self._writer is not None:
-            self._writer.write(step, values)
-            self._bar.write(f"step {step}: " + ", ".join(f"{k} {v:.4f}" for k, v in values.items()), file=sys.stderr)
-        self._marked, self._marked_step = time.perf_counter(), step
-
-    def close(self) -> None:
-        """Write what is left and end the bar."""
-        self.flush()
-        self._bar.close()

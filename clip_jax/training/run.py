@@ -1,6 +1,7 @@
 """A whole run: from its configuration to a trained model in a workdir."""
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Callable, Mapping
 from contextlib import closing
 from typing import Any
 
@@ -8,24 +9,28 @@ import jax
 
 from clip_jax.data.pipeline import train_batches
 from clip_jax.data.sources import make_sources
-from clip_jax.models import CLIP
-from clip_jax.parallel import check_batch_size, make_mesh
+from clip_jax.processing import Preprocess, make_tokenizer
 from clip_jax.training.checkpoint import Checkpoints, read_config, write_config
-from clip_jax.training.config import RunConfig, check_same_run
-from clip_jax.training.loop import Evaluate, LoopConfig, train
+from clip_jax.training.config import RunConfig, check_same_run, make_training
+from clip_jax.training.hooks import Evaluate, Log, Save
+from clip_jax.training.loop import Hook, every, on_devices, train
 from clip_jax.training.metrics import MetricsWriter
-from clip_jax.training.optimizer import learning_rate_schedule, make_optimizer
-from clip_jax.training.state import TrainState, abstract_state, initial_state
+from clip_jax.training.optimizer import learning_rate_schedule
+from clip_jax.training.state import Training, TrainState, abstract_state, initial_state
 from clip_jax.training.step import make_train_step
 
+logger = logging.getLogger(__name__)
 
-def run(values: Mapping[str, Any], workdir: str, make_evaluate: Any = None) -> TrainState:
+MakeEvaluate = Callable[[RunConfig, Training], Callable[[TrainState], Mapping[str, float]]]
+
+
+def run(values: Mapping[str, Any], workdir: str, make_evaluate: MakeEvaluate | None = None) -> TrainState:
     """Train, from the newest checkpoint in `workdir` if it has one; returns the last state.
 
     Args:
       values: the plain values of a config file.
       workdir: where checkpoints, metrics and the configuration go.
-      make_evaluate: (RunConfig, CLIP, Mesh) -> function of the state that returns metrics to log.
+      make_evaluate: makes the function of the state whose results are logged every `eval_every` steps.
 
     Raises:
       UserError: an impossible configuration, missing data, or a workdir that holds another run.
@@ -34,44 +39,49 @@ def run(values: Mapping[str, Any], workdir: str, make_evaluate: Any = None) -> T
     previous = read_config(workdir)
     if previous is not None:
         check_same_run(values, previous)
-    mesh = make_mesh(config.mesh)
-    check_batch_size(config.batch_size, config.step.microbatches, mesh, jax.process_count())
-    model = CLIP(config.model, config.execution)
-    optimizer = make_optimizer(config.optimizer, config.total_steps)
-    train_step = make_train_step(model, optimizer, config.step, mesh, config.rules)
+    training = make_training(config)
+    training.partitioner.check_batch_size(config.batch_size, config.microbatches, jax.process_count())
+    train_step = make_train_step(training)
     sources, weights = make_sources(config.data, config.data_dir)
-    evaluate: Evaluate | None = make_evaluate(config, model, mesh) if make_evaluate else None
+    tokenizer = make_tokenizer(config.model.text)
+    evaluate = make_evaluate(config, training) if make_evaluate else None
+    checkpoints = Checkpoints(workdir, config.model)
+    state = _state(checkpoints, training, config.seed)
     write_config(workdir, values)
-    with closing(Checkpoints(workdir)) as checkpoints:
-        if checkpoints.latest_step() is None:
-            state = initial_state(model, optimizer, mesh, config.seed, config.rules)
-        else:
-            state = checkpoints.restore(abstract_state(model, optimizer, mesh, config.rules))
-        start = int(state.step)
-        batches = train_batches(
-            sources,
-            weights,
-            seed=config.seed,
-            batch_size=config.batch_size,
-            image_resolution=config.model.vision.image_resolution,
-            context_length=config.model.text.context_length,
-            start_step=start,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
-        )
-        with closing(batches):
-            return _train(config, state, train_step, batches, mesh, checkpoints, workdir, evaluate)
-
-
-def _train(config, state, train_step, batches, mesh, checkpoints, workdir, evaluate) -> TrainState:
-    """The loop, with the metrics written by the first host alone."""
-    writer = MetricsWriter(workdir, int(state.step)) if jax.process_index() == 0 else None
-    loop = LoopConfig(
-        config.total_steps, config.batch_size, config.log_every, config.eval_every, config.checkpoint_every
+    batches = train_batches(
+        sources,
+        weights,
+        seed=config.seed,
+        batch_size=config.batch_size,
+        preprocess=Preprocess.from_config(config.model),
+        tokenizer=tokenizer,
+        start_step=int(state.step),
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
     )
+    writer = MetricsWriter(workdir, int(state.step)) if jax.process_index() == 0 else None
+    hooks = _hooks(config, writer, checkpoints, evaluate)
+    with closing(batches):
+        return train(state, train_step, on_devices(batches, training.partitioner), config.total_steps, hooks)
+
+
+def _state(checkpoints: Checkpoints, training: Training, seed: int) -> TrainState:
+    """The newest checkpoint's, or a fresh one."""
+    if checkpoints.latest_step() is None:
+        return initial_state(training, seed)
+    logger.info("resuming from step %d", checkpoints.latest_step())
+    return checkpoints.restore(abstract_state(training))
+
+
+def _hooks(
+    config: RunConfig,
+    writer: MetricsWriter | None,
+    checkpoints: Checkpoints,
+    evaluate: Callable[[TrainState], Mapping[str, float]] | None,
+) -> list[Hook]:
     schedule = learning_rate_schedule(config.optimizer, config.total_steps)
-    try:
-        return train(state, train_step, batches, loop, mesh, checkpoints, writer, schedule, evaluate)
-    finally:
-        if writer is not None:
-            writer.close()
+    log = Log(writer, config.log_every, config.total_steps, config.batch_size, schedule)
+    hooks = [log, every(config.checkpoint_every, Save(checkpoints, log))]
+    if evaluate is not None:
+        hooks.append(every(config.eval_every, Evaluate(evaluate, log)))
+    return hooks

@@ -1,6 +1,6 @@
 """What a training run carries from step to step, born sharded."""
 
-from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import flax.linen as nn
@@ -8,10 +8,32 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh
 
+from clip_jax.losses import SOFTMAX, Loss
 from clip_jax.models import CLIP, abstract_inputs
-from clip_jax.parallel import tree_shardings
+from clip_jax.parallel import Partitioner
+
+
+@dataclass(frozen=True)
+class Training:
+    """What is trained and how: all that a train step and its state are made of.
+
+    Attributes:
+      model: with its way of execution.
+      optimizer: from `make_optimizer`.
+      partitioner: the mesh and what is split over it.
+      loss: one of `LOSSES`.
+      loss_tile: rows of logits that a device holds at a time, at most.
+      microbatches: pieces in which each device encodes its share of the batch. The loss is still one over the
+        global batch, so the gradients do not depend on it (but BatchNorm's statistics do: see `encode`).
+    """
+
+    model: CLIP
+    optimizer: optax.GradientTransformation
+    partitioner: Partitioner
+    loss: Loss = SOFTMAX
+    loss_tile: int = 1024
+    microbatches: int = 1
 
 
 @flax.struct.dataclass
@@ -36,61 +58,50 @@ class TrainState:
         return {"params": self.params, **({"batch_stats": self.batch_stats} if self.batch_stats else {})}
 
 
-def initial_state(
-    model: CLIP,
-    optimizer: optax.GradientTransformation,
-    mesh: Mesh,
-    seed: int,
-    rules: Mapping[str, Any] | None = None,
-) -> TrainState:
-    """A fresh state, every leaf created where it will live: no host or device ever holds it unsharded."""
-    init = _boxed_init(model, optimizer)
-    shardings = state_shardings(model, optimizer, mesh, rules)
-    return jax.jit(lambda key: nn.unbox(init(key)), out_shardings=shardings)(jax.random.key(seed))
+def initial_state(training: Training, seed: int) -> TrainState:
+    """A fresh state, every leaf created where it will live: no host or device ever holds it unsharded.
+
+    Raises:
+      UserError: the model lacks a parameter of the loss.
+    """
+    init = _boxed_init(training)
+    return jax.jit(lambda key: nn.unbox(init(key)), out_shardings=state_shardings(training))(jax.random.key(seed))
 
 
-def abstract_state(
-    model: CLIP,
-    optimizer: optax.GradientTransformation,
-    mesh: Mesh,
-    rules: Mapping[str, Any] | None = None,
-) -> TrainState:
+def abstract_state(training: Training) -> TrainState:
     """Shapes, dtypes and shardings of the state (`jax.ShapeDtypeStruct` leaves), with no array made."""
-    shapes = nn.unbox(jax.eval_shape(_boxed_init(model, optimizer), jax.random.key(0)))
-    shardings = state_shardings(model, optimizer, mesh, rules)
+    return _abstract(jax.eval_shape(_boxed_init(training), jax.random.key(0)), training.partitioner)
+
+
+def abstract_variables(model: CLIP, partitioner: Partitioner) -> dict[str, Any]:
+    """Shapes, dtypes and shardings of the model's variables alone, for whoever only evaluates."""
+    return _abstract(jax.eval_shape(model.init, jax.random.key(0), *abstract_inputs(model.config)), partitioner)
+
+
+def state_shardings(training: Training) -> TrainState:
+    """A NamedSharding for every leaf: parameters, moments and batch statistics follow the same rules."""
+    return training.partitioner.shardings(jax.eval_shape(_boxed_init(training), jax.random.key(0)))
+
+
+def _abstract(boxed: Any, partitioner: Partitioner) -> Any:
     return jax.tree.map(
         lambda shape, sharding: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding),
-        shapes,
-        shardings,
+        nn.unbox(boxed),
+        partitioner.shardings(boxed),
     )
 
 
-def abstract_variables(model: CLIP, mesh: Mesh, rules: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """Shapes, dtypes and shardings of the model's variables alone, for whoever only evaluates."""
-    return abstract_state(model, optax.identity(), mesh, rules).variables
-
-
-def state_shardings(
-    model: CLIP,
-    optimizer: optax.GradientTransformation,
-    mesh: Mesh,
-    rules: Mapping[str, Any] | None = None,
-) -> TrainState:
-    """A NamedSharding for every leaf: parameters, moments and batch statistics follow the same rules."""
-    return tree_shardings(jax.eval_shape(_boxed_init(model, optimizer), jax.random.key(0)), mesh, rules)
-
-
-def _boxed_init(model: CLIP, optimizer: optax.GradientTransformation):
+def _boxed_init(training: Training):
     """key -> TrainState whose parameters and moments still carry their logical axis names."""
 
     def init(key: jax.Array) -> TrainState:
-        variables = model.lazy_init(key, *abstract_inputs(model.config))
-        params = variables["params"]
+        variables = training.model.lazy_init(key, *abstract_inputs(training.model.config))
+        params = training.loss.start(variables["params"])
         return TrainState(
             step=jnp.zeros((), jnp.int32),
             params=params,
             batch_stats=variables.get("batch_stats", {}),
-            opt_state=optimizer.init(params),
+            opt_state=training.optimizer.init(params),
         )
 
     return init

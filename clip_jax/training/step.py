@@ -1,134 +1,54 @@
-"""One update of the model: encode, one loss over the global batch, AdamW, clamp the temperature."""
+"""One update of the model: encode, one loss over the global batch, AdamW, bound the loss's parameters."""
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
-from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, UInt8
 
-from clip_jax.errors import UserError
-from clip_jax.losses.losses import sigmoid_loss_ring, softmax_loss_ring
 from clip_jax.models import CLIP, normalize
-from clip_jax.parallel import batch_sharding, batch_shards, replicated, use_mesh
-from clip_jax.processing.images import Preprocess
-from clip_jax.training.state import TrainState, state_shardings
-
-MAX_LOGIT_SCALE = float(np.log(100))
-LOSSES = ("softmax", "sigmoid")
+from clip_jax.parallel import Jitted, Partitioner
+from clip_jax.processing import Preprocess
+from clip_jax.training.state import Training, TrainState, state_shardings
 
 Batch = Mapping[str, Array]
 Metrics = dict[str, Float[Array, ""]]
 
 
-@dataclass(frozen=True)
-class StepConfig:
-    """How a train step computes what it computes.
-
-    Attributes:
-      loss: "softmax" (CLIP) or "sigmoid" (SigLIP; the model needs `logit_bias`).
-      loss_tile: rows of similarities in memory at a time.
-      microbatches: pieces in which each device encodes its share of the batch. The loss is still one over the
-        global batch, so the gradients do not depend on it (but BatchNorm's statistics do: see `encode`).
-    """
-
-    loss: str = "softmax"
-    loss_tile: int = 1024
-    microbatches: int = 1
-
-    def __post_init__(self):
-        if self.loss not in LOSSES:
-            raise UserError(f"loss must be one of {', '.join(LOSSES)}; got {self.loss!r}")
-        if self.microbatches < 1 or self.loss_tile < 1:
-            raise UserError(
-                f"microbatches and loss_tile must be at least 1, got {self.microbatches} and {self.loss_tile}"
-            )
-
-
-def make_train_step(
-    model: CLIP,
-    optimizer: optax.GradientTransformation,
-    config: StepConfig,
-    mesh: Mesh,
-    rules: Mapping[str, Any] | None = None,
-) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+def make_train_step(training: Training) -> Jitted:
     """The jitted train step: (state, batch) -> (state, metrics); the old state's memory is reused.
 
     The batch holds `image`, uint8 (batch, R, R, 3), and `text`, int32 (batch, context_length), both split over
     the batch axes of the mesh. Metrics are float32 scalars: loss, logit_scale (the parameter), grad_norm.
 
     Raises:
-      UserError: the sigmoid loss with a model without `logit_bias`, or the reverse.
+      UserError: the model lacks a parameter of the loss.
     """
-    if (config.loss == "sigmoid") != model.config.logit_bias:
-        raise UserError(
-            f"loss {config.loss!r} does not go with model.logit_bias={model.config.logit_bias}; the sigmoid loss "
-            "needs a model with logit_bias=True, the softmax loss one without"
-        )
+    model, loss, partitioner = training.model, training.loss, training.partitioner
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         def loss_fn(params: Any) -> tuple[Float[Array, ""], Any]:
             variables = {**state.variables, "params": params}
-            image_features, text_features, batch_stats = encode(
-                model, variables, batch["image"], batch["text"], config.microbatches, mesh
+            *features, batch_stats = encode(
+                model, variables, batch["image"], batch["text"], training.microbatches, partitioner
             )
-            return contrastive_loss(image_features, text_features, params, config, mesh), batch_stats
+            return loss.over_mesh(*features, params, partitioner, training.loss_tile), batch_stats
 
-        (loss, batch_stats), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        params = {**params, "logit_scale": jnp.clip(params["logit_scale"], 0.0, MAX_LOGIT_SCALE)}
-        metrics = {
-            "loss": loss,
-            "logit_scale": params["logit_scale"],
-            "grad_norm": optax.tree.norm(grads),
-        }
-        new_state = TrainState(state.step + 1, params, batch_stats, opt_state)
-        return new_state, metrics
+        (value, batch_stats), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
+        updates, opt_state = training.optimizer.update(grads, state.opt_state, state.params)
+        params = loss.bound(optax.apply_updates(state.params, updates))
+        metrics = {"loss": value, "logit_scale": params["logit_scale"], "grad_norm": optax.tree.norm(grads)}
+        return TrainState(state.step + 1, params, batch_stats, opt_state), metrics
 
-    shardings = state_shardings(model, optimizer, mesh, rules)
-    jitted = jax.jit(
+    shardings = state_shardings(training)
+    return partitioner.jit(
         train_step,
-        in_shardings=(shardings, batch_sharding(mesh)),
-        out_shardings=(shardings, replicated(mesh)),
+        in_shardings=(shardings, partitioner.batch_sharding),
+        out_shardings=(shardings, partitioner.replicated),
         donate_argnames="state",
     )
-    return _WithinMesh(jitted, mesh, rules)
-
-
-@dataclass(frozen=True)
-class _WithinMesh:
-    """Calls (or lowers) a jitted function with the mesh and the rules that its modules look up."""
-
-    jitted: Any
-    mesh: Mesh
-    rules: Mapping[str, Any] | None
-
-    def __call__(self, *args: Any) -> Any:
-        with use_mesh(self.mesh, self.rules):
-            return self.jitted(*args)
-
-    def lower(self, *args: Any) -> Any:
-        with use_mesh(self.mesh, self.rules):
-            return self.jitted.lower(*args)
-
-
-def contrastive_loss(
-    image_features: Float[Array, "batch embed_dim"],
-    text_features: Float[Array, "batch embed_dim"],
-    params: Mapping[str, Any],
-    config: StepConfig,
-    mesh: Mesh,
-) -> Float[Array, ""]:
-    """The loss over the global batch, by the ring, from normalised features."""
-    features = image_features, text_features
-    if config.loss == "softmax":
-        return softmax_loss_ring(*features, params["logit_scale"], mesh=mesh, tile=config.loss_tile)
-    return sigmoid_loss_ring(*features, params["logit_scale"], params["logit_bias"], mesh=mesh, tile=config.loss_tile)
 
 
 def encode(
@@ -137,7 +57,7 @@ def encode(
     images: UInt8[Array, "batch height width 3"],
     tokens: Int[Array, "batch length"],
     microbatches: int,
-    mesh: Mesh,
+    partitioner: Partitioner,
 ) -> tuple[Float[Array, "batch embed_dim"], Float[Array, "batch embed_dim"], Any]:
     """Normalised features of both towers, and the new running statistics of BatchNorm ({} for a ViT).
 
@@ -148,10 +68,8 @@ def encode(
 
     def encode_piece(variables: Mapping[str, Any], piece: tuple[Array, Array]) -> tuple[tuple[Array, Array], Any]:
         images, tokens = piece
-        config = model.config
         # Images travel to the device as bytes and become the model's floats there.
-        preprocess = Preprocess(config.vision.image_resolution, config.image_mean, config.image_std)
-        images = preprocess.normalize(images)
+        images = Preprocess.from_config(model.config).normalize(images)
         image_features, updated = model.apply(
             variables, images, train=True, method=model.encode_image, mutable=["batch_stats"]
         )
@@ -167,7 +85,7 @@ def encode(
     def scan_body(_: None, piece: tuple[Array, Array]) -> tuple[None, Any]:
         return None, jax.checkpoint(encode_piece, prevent_cse=False)(variables, piece)
 
-    shards = batch_shards(mesh)
+    shards = partitioner.batch_shards
     pieces = tuple(_split(x, microbatches, shards) for x in (images, tokens))
     _, (features, batch_stats) = jax.lax.scan(scan_body, None, pieces)
     image_features, text_features = (_join(x, shards) for x in features)

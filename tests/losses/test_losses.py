@@ -11,11 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType, NamedSharding
-from jax.sharding import PartitionSpec as P
 
 from clip_jax.errors import UserError
-from clip_jax.losses import losses, ring
+from clip_jax.losses import LOSSES, ring
+from clip_jax.parallel import MeshConfig, make_partitioner
 
 BATCH, WIDTH = 184, 32  # 23 rows a device on 8 devices, 46 on 4
 MESHES = [(8, 1, 1), (4, 2, 1), (2, 2, 2), (1, 1, 1)]
@@ -25,9 +24,8 @@ BIAS = -10.0
 LEAVES = ["loss", "images", "texts", "logit_scale", "logit_bias"]
 
 
-def make_mesh(shape):
-    devices = jax.devices()[: np.prod(shape)]
-    return jax.make_mesh(shape, ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3, devices=devices)
+def over(shape):
+    return make_partitioner(MeshConfig(*shape), jax.devices()[: np.prod(shape)])
 
 
 def make_features(kind, seed=0):
@@ -77,16 +75,23 @@ def arguments(name, kind, temperature, seed=0):
     return [*make_features(kind, seed), *scalars]
 
 
-def value_and_gradients(name, form, *options):
-    loss = getattr(losses, f"{name}_loss_{form}")
-    arity = 3 if name == "softmax" else 4
-    gradient = jax.value_and_grad(lambda *values: loss(*values, *options), argnums=tuple(range(arity)))
+def ring_loss(name, partitioner, tile):
+    loss = LOSSES[name]
+
+    def value(images, texts, *parameters):
+        return loss.over_mesh(images, texts, dict(zip(loss.initial, parameters, strict=True)), partitioner, tile)
+
+    return value
+
+
+def value_and_gradients(name, loss):
+    gradient = jax.value_and_grad(loss, argnums=tuple(range(2 + len(LOSSES[name].initial))))
     return jax.jit(lambda *values: jax.tree.leaves(gradient(*values)))
 
 
 @lru_cache
 def compiled_ring(name, shape, tile):
-    return value_and_gradients(name, "ring", make_mesh(shape), tile)
+    return value_and_gradients(name, ring_loss(name, over(shape), tile))
 
 
 def assert_close(actual, expected, bounds, floor=0.0):
@@ -130,7 +135,7 @@ def test_dense_and_reference_are_the_textbook_loss(name, temperature):
     loss.backward()
     expected = [loss.detach().numpy(), *(leaf.grad.numpy() for leaf in leaves)]
     assert_close(reference(name, *values), expected, {"loss": 1e-12, "gradients": 1e-12})
-    assert_close(value_and_gradients(name, "dense")(*values), expected, FLOAT32)
+    assert_close(value_and_gradients(name, LOSSES[name].dense)(*values), expected, FLOAT32)
 
 
 @pytest.mark.parametrize("name", ["softmax", "sigmoid"])
@@ -186,11 +191,10 @@ def test_products_keep_the_precision_of_their_operands(dtype, precision):
 @pytest.mark.parametrize("name", ["softmax", "sigmoid"])
 def test_sharded_and_donated_features(name):
     """Gradients take the place of the features; a factor on the loss reaches every leaf."""
-    mesh = make_mesh((4, 2, 1))
-    sharded, replicated = NamedSharding(mesh, P(("data", "fsdp"))), NamedSharding(mesh, P())
+    partitioner = over((4, 2, 1))
     values = arguments(name, "related", 14.3)
-    shardings = [sharded, sharded] + [replicated] * (len(values) - 2)
-    loss = partial(getattr(losses, f"{name}_loss_ring"), mesh=mesh, tile=8)
+    shardings = [partitioner.batch_sharding] * 2 + [partitioner.replicated] * (len(values) - 2)
+    loss = ring_loss(name, partitioner, tile=8)
     gradients = jax.jit(
         jax.grad(lambda *values: 2.5 * loss(*values), argnums=tuple(range(len(values)))),
         out_shardings=tuple(shardings),
@@ -210,7 +214,11 @@ def test_memory_does_not_grow_with_the_global_batch():
     def compile_loss(shape, batch):
         features = jax.ShapeDtypeStruct((batch, 64), jnp.float32)
         scale = jax.ShapeDtypeStruct((), jnp.float32)
-        return value_and_gradients("softmax", "ring", make_mesh(shape), 128).lower(features, features, scale).compile()
+        return (
+            value_and_gradients("softmax", ring_loss("softmax", over(shape), 128))
+            .lower(features, features, scale)
+            .compile()
+        )
 
     single, ring_of_8 = compile_loss((1, 1, 1), 1024), compile_loss((8, 1, 1), 8192)
     feature_bytes, tile_bytes = 1024 * 64 * 4, 128 * 1024 * 4
@@ -225,7 +233,7 @@ def test_memory_does_not_grow_with_the_global_batch():
 def test_any_order_of_visits_gives_the_same_loss(name, monkeypatch):
     monkeypatch.setattr(ring, "snake", lambda points: [points[i] for i in (3, 0, 7, 5, 1, 6, 2, 4)])
     values = arguments(name, "related", 14.3)
-    actual = value_and_gradients(name, "ring", make_mesh((2, 4, 1)), 8)(*values)
+    actual = value_and_gradients(name, ring_loss(name, over((2, 4, 1)), 8))(*values)
     assert_close(actual, reference(name, *values), FLOAT32)
 
 
@@ -239,8 +247,6 @@ def test_snake_steps_to_neighbours(grid):
 
 
 def test_mistakes_name_what_would_work():
-    mesh, features, scalar = make_mesh((4, 2, 1)), jnp.ones((183, WIDTH)), jnp.float32(0)
-    with pytest.raises(UserError, match=r"8 devices .* got 183: use 176 or 184"):
-        losses.softmax_loss_ring(features, features, scalar, mesh)
-    with pytest.raises(UserError, match="got 0"):
-        losses.sigmoid_loss_ring(features[:176], features[:176], scalar, scalar, mesh, tile=0)
+    features = jnp.ones((183, WIDTH))
+    with pytest.raises(UserError, match=r"multiple of 8 .* got 183; try 176 or 184"):
+        ring_loss("softmax", over((4, 2, 1)), 8)(features, features, jnp.float32(0))

@@ -19,10 +19,10 @@ def main(coordinator: str, processes: int, index: int, workdir: str) -> None:
     run(values(mesh={"data": 4, "fsdp": 2, "tensor": 1, "rules": {}}), workdir, zero_shot)
 
 
-def zero_shot(config, model, mesh):
+def zero_shot(config, training):
     from train import zero_shot_evaluation
 
-    return zero_shot_evaluation(config, model, mesh)
+    return zero_shot_evaluation(config, training)
 
 
 if __name__ == "__main__":

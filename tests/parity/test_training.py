@@ -8,9 +8,9 @@ import numpy as np
 import optax
 import pytest
 import torch
+from clip_jax.losses.losses import softmax_loss_dense
 from flax.traverse_util import flatten_dict
 
-from clip_jax.losses.losses import softmax_loss_dense
 from clip_jax.models import CLIP, normalize
 from clip_jax.training.optimizer import OptimizerConfig, make_optimizer
 from clip_jax.weights import openai

@@ -10,7 +10,7 @@ import pytest
 from clip_jax.cli import load_config, override
 from clip_jax.errors import UserError
 from clip_jax.models import parameter_count
-from clip_jax.parallel import MeshSizes
+from clip_jax.parallel import MeshConfig
 from clip_jax.planner import alternatives, compile, report
 from clip_jax.planner.compile import bytes_needed, make_plan
 from clip_jax.planner.cost import CostEstimate, Traffic
@@ -50,7 +50,7 @@ def virtual_slice(monkeypatch):
 def test_memory_of_the_very_step(virtual_slice):
     whole = dataclasses.replace(config_of(batch_size=64, remat="full", unroll=1), model=tiny.VIT)
     made = make_plan(whole, SLICE)
-    smaller = make_plan(dataclasses.replace(whole, mesh=MeshSizes(data=1, fsdp=8)), SLICE)
+    smaller = make_plan(dataclasses.replace(whole, mesh=MeshConfig(data=1, fsdp=8)), SLICE)
     state = 3 * 4 * parameter_count(tiny.VIT)  # parameters and two moments
     batch = 64 // 8 * (32 * 32 * 3 + 16 * 4)
     assert made.memory.arguments == pytest.approx(state + batch, rel=1e-3)
@@ -107,7 +107,7 @@ def test_output_has_the_promised_keys_and_consistent_numbers():
 def changed(arguments: float, temporaries: float, **overrides) -> tuple | None:
     memory = Memory(int(arguments * GIB), int(temporaries * GIB), 0, 0, int((arguments + temporaries) * GIB))
     config = alternatives.next_change(Plan(config_of(**overrides), SLICE, memory, None, 1.0))
-    return config and (config.execution.remat, config.mesh.fsdp, config.step.microbatches)
+    return config and (config.execution.remat, config.mesh.fsdp, config.microbatches)
 
 
 def test_changes_go_from_the_cheapest_and_leave_out_what_cannot_suffice():

@@ -11,18 +11,18 @@ import jax
 import pytest
 
 from clip_jax.models import CLIP, OPENAI_MODELS
-from clip_jax.parallel import MeshSizes, make_mesh
+from clip_jax.parallel import MeshConfig, make_partitioner
 from clip_jax.training.optimizer import OptimizerConfig, make_optimizer
-from clip_jax.training.state import TrainState, abstract_state
+from clip_jax.training.state import Training, TrainState, abstract_state
 
 GOLDEN = {"ViT-B/32": "vit_b32.json", "RN50": "rn50.json"}
 FOLDER = Path(__file__).parent / "golden"
 
 
 def state_of(name: str) -> TrainState:
-    mesh = make_mesh(MeshSizes(data=1, fsdp=4, tensor=2), jax.devices()[:8])
+    partitioner = make_partitioner(MeshConfig(data=1, fsdp=4, tensor=2), jax.devices()[:8])
     optimizer = make_optimizer(OptimizerConfig(learning_rate=1e-3, warmup_steps=1), total_steps=2)
-    return abstract_state(CLIP(OPENAI_MODELS[name]), optimizer, mesh)
+    return abstract_state(Training(CLIP(OPENAI_MODELS[name]), optimizer, partitioner))
 
 
 def described(tree) -> dict[str, str]:

@@ -1,14 +1,17 @@
 """A whole run on embedded data: what it writes, that it resumes exactly, and what it refuses."""
 
 import json
+import shutil
 
+import jax
 import numpy as np
 import pytest
 
-from clip_jax import cli
+from clip_jax import cli, model_folder
 from clip_jax.errors import UserError
 from clip_jax.training.metrics import read_metrics
 from clip_jax.training.run import run
+from clip_jax.weights import load_variables
 from tests import tiny
 
 
@@ -24,8 +27,6 @@ def values(**changes):
 
 
 def leaves(state):
-    import jax
-
     return [np.asarray(leaf) for leaf in jax.tree.leaves(state)]
 
 
@@ -47,11 +48,65 @@ def test_a_run_writes_metrics_checkpoints_and_its_configuration(undisturbed):
     assert list(workdir.glob("events.out.tfevents*"))
 
 
+def test_every_checkpoint_is_a_model_folder(undisturbed):
+    workdir, state = undisturbed
+    for source in (workdir, workdir / "checkpoints" / "6"):
+        config, variables = load_variables(source)
+        assert config.to_dict() == values()["model"]
+        for got, want in zip(leaves(variables), leaves(state.variables), strict=True):
+            np.testing.assert_array_equal(got, want)
+    _, earlier = load_variables(workdir / "checkpoints" / "3")
+    assert not np.array_equal(earlier["params"]["visual"]["proj"], variables["params"]["visual"]["proj"])
+
+
+def test_the_best_checkpoint_stays_and_opens_by_name(tmp_path):
+    """Scores fall after step 2; three newer checkpoints push out all but the newest three and the best."""
+    scores = iter([0.5, 0.9, 0.7, 0.6, 0.4, 0.3])
+
+    def make_evaluate(config, training):
+        return lambda state: {"eval/digits/acc1": next(scores)}
+
+    run(values(eval_every=1, checkpoint_every=1), str(tmp_path), make_evaluate)
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["2", "4", "5", "6"]
+    assert model_folder.find(f"{tmp_path}@best").name == "2"
+    assert model_folder.find(tmp_path).name == "6"
+
+
+def test_without_an_evaluation_there_is_no_best(undisturbed):
+    with pytest.raises(UserError, match="was evaluated, so none is best"):
+        load_variables(f"{undisturbed[0]}@best")
+
+
+def test_a_workdir_without_descriptions_still_opens_and_resumes(undisturbed, tmp_path):
+    """Workdirs of before the model folder: the configuration lies in config.json alone."""
+    workdir, state = undisturbed
+    shutil.copytree(workdir, tmp_path, dirs_exist_ok=True)
+    shutil.rmtree(tmp_path / "checkpoints" / "6")
+    shutil.rmtree(tmp_path / "checkpoints" / "3" / "description")
+    config, variables = load_variables(tmp_path)
+    assert config.to_dict() == values()["model"]
+    want = load_variables(workdir / "checkpoints" / "3")[1]
+    jax.tree.map(np.testing.assert_array_equal, variables, want)
+    for got, want in zip(leaves(run(values(), str(tmp_path))), leaves(state), strict=True):
+        np.testing.assert_array_equal(got, want)
+
+
+def test_a_flipped_bit_is_noticed_on_resuming(undisturbed, tmp_path):
+    shutil.copytree(undisturbed[0], tmp_path, dirs_exist_ok=True)
+    folder = tmp_path / "checkpoints" / "6" / "variables"
+    largest = max((path for path in folder.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+    content = bytearray(largest.read_bytes())
+    content[len(content) // 2] ^= 1
+    largest.write_bytes(content)
+    with pytest.raises(UserError, match=r"checkpoints/6 is damaged: params/.* is not what was written"):
+        run(values(), str(tmp_path))
+
+
 def test_a_run_stopped_half_way_resumes_bit_for_bit(undisturbed, tmp_path):
     class Killed(Exception):
         pass
 
-    def kill_at_step_5(config, model, mesh):
+    def kill_at_step_5(config, training):
         def evaluate(state):
             raise Killed
 

@@ -1,7 +1,9 @@
 """The train step: the same on every mesh and for every number of micro-batches, and able to learn."""
 
+import dataclasses
 import functools
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,38 +12,43 @@ import pytest
 from jax.extend.core import jaxprs_in_params
 
 from clip_jax.errors import UserError
+from clip_jax.losses import LOSSES
 from clip_jax.models import CLIP, Execution, abstract_inputs
-from clip_jax.parallel import MeshSizes, make_mesh, use_mesh
+from clip_jax.parallel import MeshConfig, make_partitioner
 from clip_jax.planner.hlo import parse
 from clip_jax.training.loop import to_devices
 from clip_jax.training.optimizer import OptimizerConfig, make_optimizer
-from clip_jax.training.state import abstract_state, abstract_variables, initial_state
-from clip_jax.training.step import MAX_LOGIT_SCALE, StepConfig, contrastive_loss, encode, make_train_step
+from clip_jax.training.state import Training, abstract_state, abstract_variables, initial_state
+from clip_jax.training.step import encode, make_train_step
 from tests import tiny
 
 BATCH = 16
 OPTIMIZER = OptimizerConfig(learning_rate=3e-3, warmup_steps=2)
 
 
-def mesh_of(*sizes):
-    return make_mesh(MeshSizes(*sizes), jax.devices()[: int(np.prod(sizes))])
+def over(*sizes):
+    return make_partitioner(MeshConfig(*sizes), jax.devices()[: int(np.prod(sizes))])
 
 
-def run(config, mesh, step_config=StepConfig(loss_tile=3), steps=4, optimizer=OPTIMIZER, execution=Execution()):  # noqa: B008
+def training_of(config, partitioner, optimizer=None, execution=Execution(), **fields):  # noqa: B008
+    optimizer = optimizer or make_optimizer(OPTIMIZER, 100)
+    return Training(CLIP(config, execution), optimizer, partitioner, **fields)
+
+
+def run(config, partitioner, execution=Execution()):  # noqa: B008
     """(losses, last state) of a few steps on the same batches."""
-    model, adamw = CLIP(config, execution), make_optimizer(optimizer, 100)
-    state = initial_state(model, adamw, mesh, seed=0)
-    train_step = make_train_step(model, adamw, step_config, mesh)
+    training = training_of(config, partitioner, execution=execution, loss_tile=3)
+    state, train_step = initial_state(training, seed=0), make_train_step(training)
     losses = []
-    for step in range(steps):
-        state, metrics = train_step(state, to_devices(tiny.batch(config, BATCH, seed=step), mesh))
+    for step in range(4):
+        state, metrics = train_step(state, to_devices(tiny.batch(config, BATCH, seed=step), partitioner))
         losses.append(float(metrics["loss"]))
     return np.array(losses), state
 
 
 @functools.cache
 def on_one_device(config):
-    losses, state = run(config, mesh_of(1, 1, 1))
+    losses, state = run(config, over(1, 1, 1))
     return losses, jax.tree.map(np.asarray, state)
 
 
@@ -66,14 +73,15 @@ def test_blocks_in_pieces_of_each_share_learn_the_same(sizes):
 @pytest.mark.parametrize("block_tokens", [0, 1])
 def test_blocks_run_on_gathered_parameters(block_tokens):
     """What goes into a block on every device: its whole matrices, 2 bytes an entry where no pieces are added up."""
-    model, mesh = CLIP(tiny.VIT, Execution("bfloat16", remat="full", block_tokens=block_tokens)), mesh_of(1, 4, 2)
-    variables = abstract_variables(model, mesh)
+    model = CLIP(tiny.VIT, Execution("bfloat16", remat="full", block_tokens=block_tokens))
+    partitioner = over(1, 4, 2)
+    variables = abstract_variables(model, partitioner)
     images, _ = abstract_inputs(tiny.VIT, BATCH)
 
     def loss(params, images):
         return model.apply({"params": params}, images, method=model.encode_image).astype(jnp.float32).sum()
 
-    with use_mesh(mesh):
+    with partitioner.active():
         jaxpr = jax.make_jaxpr(jax.grad(loss))(variables["params"], images).jaxpr
     forward = next(equation for equation in jaxpr.eqns if equation.primitive.name == "scan")
     kept = [variable.aval.shape for variable in forward.outvars[forward.params["num_carry"] :]]
@@ -95,20 +103,19 @@ def equations(jaxpr, primitive):
 @pytest.mark.parametrize("block_tokens", [0, 1])
 def test_a_batch_that_devices_cannot_share_is_encoded_all_the_same(block_tokens):
     model, tokens = CLIP(tiny.VIT, Execution(block_tokens=block_tokens)), tiny.tokens(tiny.VIT, 3)
-    variables = initial_state(model, optax.identity(), mesh_of(1, 1, 1), seed=0).variables
+    variables = nn.unbox(jax.jit(lambda key: model.lazy_init(key, *abstract_inputs(tiny.VIT)))(jax.random.key(0)))
     encode_text = functools.partial(model.apply, method=model.encode_text)
-    with use_mesh(mesh_of(2, 2, 1)):
-        got = jax.jit(encode_text)(jax.tree.map(np.asarray, variables), tokens)
+    got = over(2, 2, 1).jit(encode_text)(variables, tokens)
     np.testing.assert_allclose(got, jax.jit(encode_text)(variables, tokens), atol=1e-5)
 
 
 def test_pieces_add_their_gradients_up_before_devices_do():
     """In the loop over pieces nothing travels: it is nested in the loop over layers, which alone has collectives."""
     execution = Execution(block_tokens=1, remat="full")
-    model, adamw, mesh = CLIP(tiny.VIT, execution), make_optimizer(OPTIMIZER, 100), mesh_of(2, 2, 1)
-    state = initial_state(model, adamw, mesh, seed=0)
-    batch = to_devices(tiny.batch(tiny.VIT, BATCH), mesh)
-    program = parse(make_train_step(model, adamw, StepConfig(), mesh).lower(state, batch).compile().as_text())
+    training = training_of(tiny.VIT, over(2, 2, 1), execution=execution)
+    state = initial_state(training, seed=0)
+    batch = to_devices(tiny.batch(tiny.VIT, BATCH), training.partitioner)
+    program = parse(make_train_step(training).lower(state, batch).compile().as_text())
     transformer = {depth: names for depth, names in collectives_by_depth(program).items() if depth}
     assert any("resblocks" in name or "transformer" in name for name in transformer[1])
     assert not transformer.get(2)
@@ -116,14 +123,12 @@ def test_pieces_add_their_gradients_up_before_devices_do():
 
 def test_devices_encode_their_shares_alone():
     """With whole parameters on each device nothing travels in the towers, the look-up at end-of-text included."""
-    model, mesh = CLIP(tiny.VIT), mesh_of(8, 1, 1)
-    state = initial_state(model, make_optimizer(OPTIMIZER, 100), mesh, seed=0)
-    batch = to_devices(tiny.batch(tiny.VIT, BATCH), mesh)
-    with use_mesh(mesh):
-        compiled = jax.jit(encode, static_argnums=(0, 4, 5)).lower(
-            model, state.variables, batch["image"], batch["text"], 1, mesh
-        )
-    assert not collectives_by_depth(parse(compiled.compile().as_text()))
+    training = training_of(tiny.VIT, over(8, 1, 1))
+    model, partitioner = training.model, training.partitioner
+    state = initial_state(training, seed=0)
+    batch = to_devices(tiny.batch(tiny.VIT, BATCH), partitioner)
+    encoder = partitioner.jit(lambda variables, batch: encode(model, variables, *batch.values(), 1, partitioner))
+    assert not collectives_by_depth(parse(encoder.lower(state.variables, batch).compile().as_text()))
 
 
 def collectives_by_depth(program):
@@ -144,7 +149,7 @@ def collectives_by_depth(program):
 
 
 def check_same_as_on_one_device(config, sizes, execution=Execution()):  # noqa: B008
-    losses, state = run(config, mesh_of(*sizes), execution=execution)
+    losses, state = run(config, over(*sizes), execution)
     expected_losses, expected = on_one_device(config)
     np.testing.assert_allclose(losses, expected_losses, rtol=2e-5)
     for got, want in zip(jax.tree.leaves(state.batch_stats), jax.tree.leaves(expected.batch_stats), strict=True):
@@ -156,17 +161,17 @@ def check_same_as_on_one_device(config, sizes, execution=Execution()):  # noqa: 
 
 @functools.cache
 def gradients(config, sizes, microbatches):
-    mesh = mesh_of(*sizes)
-    model = CLIP(config)
-    state = initial_state(model, make_optimizer(OPTIMIZER, 100), mesh, seed=0)
-    batch = to_devices(tiny.batch(config, 16), mesh)
+    training = training_of(config, over(*sizes))
+    model, partitioner = training.model, training.partitioner
+    state = initial_state(training, seed=0)
+    batch = to_devices(tiny.batch(config, 16), partitioner)
 
     @jax.jit
     def loss_and_gradients(params):
         def loss(params):
             variables = {**state.variables, "params": params}
-            images, texts, _ = encode(model, variables, batch["image"], batch["text"], microbatches, mesh)
-            return contrastive_loss(images, texts, params, StepConfig(loss_tile=3), mesh)
+            images, texts, _ = encode(model, variables, batch["image"], batch["text"], microbatches, partitioner)
+            return training.loss.over_mesh(images, texts, params, partitioner, tile=3)
 
         return jax.value_and_grad(loss)(params)
 
@@ -190,14 +195,14 @@ def test_accumulation_is_exact_in_every_leaf(microbatches):
 
 def test_batch_norm_of_micro_batches_uses_their_own_statistics_and_moves_once():
     """Each device's first half and second half are normalised apart; the running mean takes the mean of both."""
-    config, mesh = tiny.RESNET, mesh_of(2, 1, 1)
-    model = CLIP(config)
-    state = initial_state(model, make_optimizer(OPTIMIZER, 100), mesh, seed=0)
-    batch = tiny.batch(config, 8)
+    training = training_of(tiny.RESNET, over(2, 1, 1))
+    model, partitioner = training.model, training.partitioner
+    state = initial_state(training, seed=0)
+    batch = tiny.batch(tiny.RESNET, 8)
 
     @functools.partial(jax.jit, static_argnums=2)
     def features_and_statistics(image, text, microbatches):
-        return encode(model, state.variables, image, text, microbatches, mesh)
+        return encode(model, state.variables, image, text, microbatches, partitioner)
 
     images, _, statistics = features_and_statistics(batch["image"], batch["text"], 2)
     # Device 0 holds rows 0 to 3 and device 1 rows 4 to 7; a micro-batch is half of each.
@@ -212,12 +217,10 @@ def test_batch_norm_of_micro_batches_uses_their_own_statistics_and_moves_once():
 
 @pytest.mark.parametrize("config", [tiny.VIT, tiny.RESNET], ids=["vit", "resnet"])
 def test_each_tower_kind_overfits_one_batch(config):
-    mesh = mesh_of(1, 1, 1)
     optimizer = make_optimizer(OptimizerConfig(learning_rate=1e-3, weight_decay=0.0, warmup_steps=5), 200)
-    model = CLIP(config)
-    state = initial_state(model, optimizer, mesh, seed=0)
-    train_step = make_train_step(model, optimizer, StepConfig(), mesh)
-    batch = to_devices(tiny.batch(config, BATCH), mesh)
+    training = training_of(config, over(1, 1, 1), optimizer)
+    state, train_step = initial_state(training, seed=0), make_train_step(training)
+    batch = to_devices(tiny.batch(config, BATCH), training.partitioner)
     losses = []
     for _ in range(60):
         state, metrics = train_step(state, batch)
@@ -226,33 +229,35 @@ def test_each_tower_kind_overfits_one_batch(config):
     assert losses[-1] < 0.05
 
 
-@pytest.mark.parametrize(("change", "bound"), [(9.0, MAX_LOGIT_SCALE), (-9.0, 0.0)])
-def test_the_temperature_stays_within_its_bounds(change, bound):
-    """An optimizer that moves every parameter by `change` cannot move the scale past its bound."""
-    mesh, model = mesh_of(1, 1, 1), CLIP(tiny.VIT)
+@pytest.mark.parametrize(
+    ("loss", "change", "bound"),
+    [("softmax", 9.0, np.log(100)), ("softmax", -9.0, 0.0), ("sigmoid", 9.0, np.log(10) + 9)],
+)
+def test_the_temperature_stays_within_its_bounds(loss, change, bound):
+    """An optimizer that moves every parameter by `change` cannot move CLIP's scale past its bound; SigLIP has none."""
+    config = dataclasses.replace(tiny.VIT, logit_bias=loss == "sigmoid")
     optimizer = optax.stateless_with_tree_map(lambda gradient, _: jnp.full_like(gradient, change))
-    train_step = make_train_step(model, optimizer, StepConfig(), mesh)
-    state = initial_state(model, optimizer, mesh, seed=0)
-    state, metrics = train_step(state, to_devices(tiny.batch(tiny.VIT, BATCH), mesh))
-    assert float(state.params["logit_scale"]) == float(metrics["logit_scale"]) == np.float32(bound)
+    training = training_of(config, over(1, 1, 1), optimizer, loss=LOSSES[loss])
+    state, train_step = initial_state(training, seed=0), make_train_step(training)
+    state, metrics = train_step(state, to_devices(tiny.batch(config, BATCH), training.partitioner))
+    assert float(state.params["logit_scale"]) == float(metrics["logit_scale"]) == pytest.approx(bound, rel=1e-6)
     assert float(state.params["visual"]["ln_post"]["scale"][0]) == 1 + change
 
 
 def test_bfloat16_follows_float32():
-    losses, state = run(tiny.VIT, mesh_of(2, 1, 1), execution=Execution(dtype="bfloat16"))
+    losses, state = run(tiny.VIT, over(2, 1, 1), Execution(dtype="bfloat16"))
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(state.params))
     np.testing.assert_allclose(losses, on_one_device(tiny.VIT)[0], rtol=0.05)
 
 
 def test_the_loss_must_suit_the_model():
     with pytest.raises(UserError, match="logit_bias"):
-        make_train_step(CLIP(tiny.VIT), make_optimizer(OPTIMIZER, 10), StepConfig(loss="sigmoid"), mesh_of(1, 1, 1))
+        make_train_step(training_of(tiny.VIT, over(1, 1, 1), loss=LOSSES["sigmoid"]))
 
 
 def test_the_state_is_born_sharded():
-    mesh, model, optimizer = mesh_of(2, 2, 2), CLIP(tiny.VIT), make_optimizer(OPTIMIZER, 10)
-    state = initial_state(model, optimizer, mesh, seed=0)
-    expected = abstract_state(model, optimizer, mesh)
+    training = training_of(tiny.VIT, over(2, 2, 2))
+    state, expected = initial_state(training, seed=0), abstract_state(training)
     for got, want in zip(jax.tree.leaves(state), jax.tree.leaves(expected), strict=True):
         assert got.sharding == want.sharding and got.dtype == want.dtype
     kernel = "visual", "transformer", "resblocks", "mlp", "c_fc", "kernel"

@@ -1,0 +1,116 @@
+"""What happens now and then in a run: the log, checkpoints, evaluation."""
+
+import logging
+import sys
+import time
+from collections.abc import Callable, Mapping
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from clip_jax.training.checkpoint import Checkpoints
+from clip_jax.training.loop import Hook, Step
+from clip_jax.training.metrics import MetricsWriter
+from clip_jax.training.state import TrainState
+
+logger = logging.getLogger(__name__)
+
+
+class Log(Hook):
+    """The progress bar and the metrics of every so many steps, read one step behind the devices.
+
+    Args:
+      writer: where metrics go; None on hosts that do not write.
+      log_every: steps.
+      total_steps: of the whole run.
+      batch_size: global.
+      learning_rate: the schedule.
+    """
+
+    def __init__(
+        self,
+        writer: MetricsWriter | None,
+        log_every: int,
+        total_steps: int,
+        batch_size: int,
+        learning_rate: Callable[[int], float],
+    ):
+        self._writer, self._log_every, self._batch_size = writer, log_every, batch_size
+        self._total_steps, self._learning_rate = total_steps, learning_rate
+        self._pending: Step | None = None
+
+    def start(self, state: TrainState) -> None:
+        self._marked_step = int(state.step)
+        self._began = self._marked = time.perf_counter()
+        logger.info("compiling the train step: the first one takes a while, minutes for a large model")
+        self._bar = tqdm(
+            total=self._total_steps,
+            initial=self._marked_step,
+            desc="training",
+            unit="step",
+            disable=self._writer is None,
+            mininterval=0.2 if sys.stderr.isatty() else 20,
+            bar_format="{desc} {n}/{total} |{bar:20}| {remaining} left{postfix}",
+        )
+
+    def step(self, step: Step) -> None:
+        # The metrics of the step before are ready by now: reading them does not hold up the devices.
+        self.flush()
+        if step.number % self._log_every == 0 or step.number == 1 or step.last:
+            self._pending = step
+        self._bar.update()
+
+    def flush(self) -> None:
+        """Write what is pending, before anything else is said or saved about that step."""
+        if self._pending is None:
+            return
+        step, self._pending = self._pending, None
+        values = {key: float(value) for key, value in jax.device_get(step.metrics).items()}
+        now = time.perf_counter()
+        rate = (step.number - self._marked_step) * self._batch_size / (now - self._marked)
+        self._marked, self._marked_step = now, step.number
+        learning_rate = float(self._learning_rate(step.number - 1))
+        timing = {"learning_rate": learning_rate, "examples_per_second": rate, "seconds": now - self._began}
+        if self._writer is not None:
+            self._writer.write(step.number, {**values, **timing})
+        temperature = np.exp(-values["logit_scale"])
+        self._bar.set_postfix_str(
+            f"loss {values['loss']:.4f}, temperature {temperature:.4f}, {rate:,.0f} examples/s", refresh=False
+        )
+
+    def evaluation(self, step: int, values: Mapping[str, float]) -> None:
+        """Write the values of an evaluation, whose time does not count as training."""
+        if self._writer is not None:
+            self._writer.write(step, values)
+            logger.info("step %d: %s", step, ", ".join(f"{key} {value:.4f}" for key, value in values.items()))
+        self._marked, self._marked_step = time.perf_counter(), step
+
+    def end(self) -> None:
+        self.flush()
+        self._bar.close()
+
+
+class Save(Hook):
+    """Write a checkpoint, after the log has written what belongs to it."""
+
+    def __init__(self, checkpoints: Checkpoints, log: Log):
+        self._checkpoints, self._log = checkpoints, log
+
+    def step(self, step: Step) -> None:
+        self._log.flush()
+        self._checkpoints.save(step.number, step.state)
+
+    def end(self) -> None:
+        self._checkpoints.close()
+
+
+class Evaluate(Hook):
+    """Measure the state, and log what comes back under its own keys."""
+
+    def __init__(self, evaluate: Callable[[TrainState], Mapping[str, float]], log: Log):
+        self._evaluate, self._log = evaluate, log
+
+    def step(self, step: Step) -> None:
+        self._log.flush()
+        self._log.evaluation(step.number, self._evaluate(step.state))
