@@ -161,6 +161,8 @@ class CLIPConfig:
                     f"image_resize_to must be 0 or at least the image_resolution, {self.vision.image_resolution}, "
                     f"got {self.image_resize_to}"
                 )
+            if self.image_resize_to == self.vision.image_resolution:
+                object.__setattr__(self, "image_resize_to", 0)
 
     def to_dict(self) -> dict[str, Any]:
         """The configuration as plain JSON-able values; `from_dict` is its inverse."""

@@ -31,6 +31,7 @@ _TEXT = {
     "layers": ("layers", 12),
 }
 _MODEL_FIELDS = {"embed_dim", "quick_gelu", "init_logit_scale", "init_logit_bias", "vision_cfg", "text_cfg"}
+_CASED = {"clean": "whitespace"}
 _HARMLESS = {  # settings with one value that means what this architecture does
     "custom_text": (True, False),
     "output_dict": (True, False),
@@ -40,8 +41,12 @@ _HARMLESS = {  # settings with one value that means what this architecture does
     "proj_type": ("linear",),
     "pos_embed_type": ("learnable",),
     "hf_tokenizer_name": ("",),
+    "tokenizer_kwargs": ({}, {"clean": "lower"}, _CASED),
 }
-_PREPROCESSING = {"mode": "RGB", "interpolation": "bicubic", "resize_mode": "shortest"}
+_PREPROCESSING = {  # open_clip's field -> ours; its transforms know no other values
+    "interpolation": ("image_interpolation", ("bicubic", "bilinear")),
+    "resize_mode": ("image_resize", ("shortest", "squash")),
+}
 
 
 def is_folder(path: Path) -> bool:
@@ -86,10 +91,11 @@ def config_from_json(values: Mapping[str, Any], origin: str) -> CLIPConfig:
         _check_fields(model, _MODEL_FIELDS, f"{origin}: model_cfg")
         _check_fields(vision, {*_VIT, "head_width", "mlp_ratio"}, f"{origin}: vision_cfg")
         _check_fields(text, {*_TEXT, "mlp_ratio"}, f"{origin}: text_cfg")
+        cased = {"lowercase": text.get("tokenizer_kwargs") != _CASED}
         config = CLIPConfig(
             embed_dim=model["embed_dim"],
             vision=_vision_config(vision),
-            text=_with_mlp(TextConfig, _from_json(_TEXT, text), text),
+            text=_with_mlp(TextConfig, _from_json(_TEXT, text) | cased, text),
             activation="quick_gelu" if model.get("quick_gelu") else "gelu",
             logit_bias=model.get("init_logit_bias") is not None,
         )
@@ -135,18 +141,21 @@ def _check_fields(values: Mapping[str, Any], known: set[str], origin: str) -> No
 
 
 def _with_preprocessing(config: CLIPConfig, values: Mapping[str, Any], origin: str) -> CLIPConfig:
-    for name, only in _PREPROCESSING.items():
-        if values.get(name, only) != only:
-            raise UserError(f"{origin}: preprocess_cfg has {name} {values[name]!r}, expected {only!r}")
-    statistics = {f"image_{name}": tuple(values[name]) for name in ("mean", "std") if name in values}
-    return dataclasses.replace(config, **statistics)
+    if values.get("mode", "RGB") != "RGB":
+        raise UserError(f"{origin}: preprocess_cfg has mode {values['mode']!r}, expected 'RGB'")
+    fields = {f"image_{name}": tuple(values[name]) for name in ("mean", "std") if name in values}
+    for name, (ours, choices) in _PREPROCESSING.items():
+        fields[ours] = values.get(name, choices[0])
+        if fields[ours] not in choices:
+            raise UserError(f"{origin}: preprocess_cfg has {name} {fields[ours]!r}, expected {' or '.join(choices)}")
+    return dataclasses.replace(config, **fields)
 
 
 def write(folder: Path, config: CLIPConfig, variables: Any) -> None:
     """Write a folder that open_clip loads as `local-dir:FOLDER`, in float32.
 
     Raises:
-      UserError: `folder` exists.
+      UserError: open_clip cannot express the image processing or the tokenizer, or `folder` exists.
     """
     values = config_to_json(config)
     with appears_whole(folder) as temporary:
@@ -155,8 +164,24 @@ def write(folder: Path, config: CLIPConfig, variables: Any) -> None:
         tensor_file.write_safetensors(temporary / WEIGHT_FILES[0], openai.state_dict(config, variables))
 
 
+def _check_expressible(config: CLIPConfig) -> None:
+    for ours, allowed in (*_PREPROCESSING.values(), ("image_resize_to", (0,))):
+        if getattr(config, ours) not in allowed:
+            raise UserError(
+                f"open_clip has no {ours} {getattr(config, ours)!r}; write this model as huggingface or jax"
+            )
+    if config.text.tokenizer != "openai":
+        kind = config.text.tokenizer
+        raise UserError(f"open_clip would use OpenAI's tokenizer, not {kind!r}; write this model as jax")
+
+
 def config_to_json(config: CLIPConfig) -> dict[str, Any]:
-    """Inverse of `config_from_json`."""
+    """Inverse of `config_from_json`.
+
+    Raises:
+      UserError: open_clip knows no such image processing or tokenizer.
+    """
+    _check_expressible(config)
     vision, text = config.vision, config.text
     if isinstance(vision, ResNetConfig):
         vision_values = _to_json(_RESNET, vision) | {"head_width": vision.output_width // vision.heads}
@@ -172,7 +197,10 @@ def config_to_json(config: CLIPConfig) -> dict[str, Any]:
             "embed_dim": config.embed_dim,
             "quick_gelu": config.activation == "quick_gelu",
             "vision_cfg": vision_values,
-            "text_cfg": _to_json(_TEXT, text) | {"mlp_ratio": _ratio(text)},
+            "text_cfg": _to_json(_TEXT, text)
+            | {"mlp_ratio": _ratio(text)}
+            | ({} if text.lowercase else {"tokenizer_kwargs": _CASED}),
         },
-        "preprocess_cfg": {"mean": list(config.image_mean), "std": list(config.image_std)} | _PREPROCESSING,
+        "preprocess_cfg": {"mode": "RGB", "mean": list(config.image_mean), "std": list(config.image_std)}
+        | {theirs: getattr(config, ours) for theirs, (ours, _) in _PREPROCESSING.items()},
     }

@@ -157,7 +157,9 @@ def test_many_misfits_are_shortened(archive, tmp_path):
         ("text_cfg", "hf_model_name", "roberta-base"),
         ("text_cfg", "no_causal_mask", True),
         ("model_cfg", "multimodal_cfg", {}),
-        ("preprocess_cfg", "resize_mode", "squash"),
+        ("preprocess_cfg", "resize_mode", "longest"),
+        ("preprocess_cfg", "interpolation", "random"),
+        ("text_cfg", "tokenizer_kwargs", {"clean": "canonicalize"}),
     ],
 )
 def test_open_clip_settings_that_mean_another_model(small, tmp_path, section, field, value):
