@@ -91,12 +91,11 @@ def config_from_json(values: Mapping[str, Any], origin: str) -> CLIPConfig:
         _check_fields(model, _MODEL_FIELDS, f"{origin}: model_cfg")
         _check_fields(vision, {*_VIT, "head_width", "mlp_ratio"}, f"{origin}: vision_cfg")
         _check_fields(text, {*_TEXT, "mlp_ratio"}, f"{origin}: text_cfg")
+        cased = {"lowercase": text.get("tokenizer_kwargs") != _CASED}
         config = CLIPConfig(
             embed_dim=model["embed_dim"],
             vision=_vision_config(vision),
-            text=_with_mlp(
-                TextConfig, _from_json(_TEXT, text) | {"lowercase": text.get("tokenizer_kwargs") != _CASED}, text
-            ),
+            text=_with_mlp(TextConfig, _from_json(_TEXT, text) | cased, text),
             activation="quick_gelu" if model.get("quick_gelu") else "gelu",
             logit_bias=model.get("init_logit_bias") is not None,
         )
@@ -165,8 +164,24 @@ def write(folder: Path, config: CLIPConfig, variables: Any) -> None:
         tensor_file.write_safetensors(temporary / WEIGHT_FILES[0], openai.state_dict(config, variables))
 
 
+def _check_expressible(config: CLIPConfig) -> None:
+    for ours, allowed in (*_PREPROCESSING.values(), ("image_resize_to", (0,))):
+        if getattr(config, ours) not in allowed:
+            raise UserError(
+                f"open_clip has no {ours} {getattr(config, ours)!r}; write this model as huggingface or jax"
+            )
+    if config.text.tokenizer != "openai":
+        kind = config.text.tokenizer
+        raise UserError(f"open_clip would use OpenAI's tokenizer, not {kind!r}; write this model as jax")
+
+
 def config_to_json(config: CLIPConfig) -> dict[str, Any]:
-    """Inverse of `config_from_json`."""
+    """Inverse of `config_from_json`.
+
+    Raises:
+      UserError: open_clip knows no such image processing or tokenizer.
+    """
+    _check_expressible(config)
     vision, text = config.vision, config.text
     if isinstance(vision, ResNetConfig):
         vision_values = _to_json(_RESNET, vision) | {"head_width": vision.output_width // vision.heads}
@@ -175,13 +190,6 @@ def config_to_json(config: CLIPConfig) -> dict[str, Any]:
             "head_width": vision.width // vision.heads,
             "mlp_ratio": _ratio(vision),
         }
-    for ours, allowed in (*_PREPROCESSING.values(), ("image_resize_to", (0,))):
-        if getattr(config, ours) not in allowed:
-            raise UserError(
-                f"open_clip has no {ours} {getattr(config, ours)!r}; write this model as huggingface or jax"
-            )
-    if text.tokenizer != "openai":
-        raise UserError(f"open_clip would use OpenAI's tokenizer, not {text.tokenizer!r}; write this model as jax")
     bias = {"init_logit_bias": -10} if config.logit_bias else {}
     return {
         "model_cfg": bias
