@@ -4,8 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from clip_jax.models import CLIP, CLIPConfig, Execution
-from clip_jax.processing import tokenize
-from clip_jax.processing.images import Preprocess
+from clip_jax.processing import Preprocess, tokenize
 from clip_jax.weights import available_models
 
 __all__ = ["CLIP", "CLIPConfig", "Preprocess", "available_models", "load", "tokenize"]
@@ -46,5 +45,5 @@ def load(
     config, variables = load_variables(
         name_or_path, download_root=download_root, activation=activation, model_config=model_config
     )
-    preprocess = Preprocess(config.vision.image_resolution, config.image_mean, config.image_std)
-    return CLIP(config, Execution(dtype=dtype)), jax.tree.map(jax.numpy.asarray, variables), preprocess
+    model = CLIP(config, Execution(dtype=dtype))
+    return model, jax.tree.map(jax.numpy.asarray, variables), Preprocess.from_config(config)

@@ -19,8 +19,7 @@ from jaxtyping import Int32, Int64, UInt8
 from clip_jax.data.example import Example, Source
 from clip_jax.data.order import mixture_index, sample_generator, sample_index
 from clip_jax.errors import UserError
-from clip_jax.processing import tokenize
-from clip_jax.processing.images import Preprocess, random_square_crop
+from clip_jax.processing import Preprocess, Tokenizer
 
 Batch = dict[str, np.ndarray]
 
@@ -35,8 +34,8 @@ def train_batches(
     *,
     seed: int,
     batch_size: int,
-    image_resolution: int,
-    context_length: int = 77,
+    preprocess: Preprocess,
+    tokenizer: Tokenizer,
     start_step: int = 0,
     process_index: int = 0,
     process_count: int = 1,
@@ -48,8 +47,8 @@ def train_batches(
         weights: Their relative weights.
         seed: Fixes the order, the crops and the choice among several captions.
         batch_size: Of all hosts together.
-        image_resolution: R, to which images are resized, then cropped at random (paper, section 2.3).
-        context_length: Tokens of a text; longer captions are truncated.
+        preprocess: Resizes the images, which are then cropped at random (paper, section 2.3).
+        tokenizer: The model's; longer captions are truncated.
         start_step: The step to begin with, when resuming.
         process_index: This host.
         process_count: The number of hosts; each takes an equal, contiguous share of every batch.
@@ -64,7 +63,7 @@ def train_batches(
     local_size, remainder = divmod(batch_size, process_count)
     if remainder or not local_size:
         raise UserError(f"batch_size {batch_size} does not divide by the number of hosts, {process_count}")
-    reader = _TrainReader(tuple(sources), tuple(weights), seed, image_resolution, context_length)
+    reader = _TrainReader(tuple(sources), tuple(weights), seed, preprocess, tokenizer)
     first = np.int64(batch_size) * start_step + process_index * local_size
     shares = (np.arange(start, start + local_size) for start in itertools.count(first, batch_size))
     return _prefetched(reader.read, shares)
@@ -105,8 +104,8 @@ class _TrainReader:
     sources: tuple[Source, ...]
     weights: tuple[float, ...]
     seed: int
-    image_resolution: int
-    context_length: int
+    preprocess: Preprocess
+    tokenizer: Tokenizer
 
     def read(self, positions: Int64[np.ndarray, "n"]) -> Batch:
         source_numbers, indices = self._locate(positions)
@@ -134,13 +133,13 @@ class _TrainReader:
         generator = sample_generator(self.seed, position)
         with _naming(source, index):
             example = source[index]
-            image = random_square_crop(example.image, self.image_resolution, generator)
-            return image, _tokens(_choose_caption(example, generator), self.context_length)
+            image = self.preprocess.resize_and_crop_randomly(example.image, generator)
+            return image, _tokens(self.tokenizer, _choose_caption(example, generator))
 
 
 @functools.lru_cache(_CACHED_TEXTS)
-def _tokens(text: str, context_length: int) -> Int32[np.ndarray, "context_length"]:
-    return tokenize([text], context_length, truncate=True)[0]
+def _tokens(tokenizer: Tokenizer, text: str) -> Int32[np.ndarray, "context_length"]:
+    return tokenizer([text], truncate=True)[0]
 
 
 def _choose_caption(example: Example, generator: np.random.Generator) -> str:

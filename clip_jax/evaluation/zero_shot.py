@@ -17,8 +17,7 @@ from clip_jax.evaluation.metrics import classification_metrics
 from clip_jax.evaluation.prompts import fill, templates_for
 from clip_jax.models import CLIP, normalize
 from clip_jax.parallel import Partitioner
-from clip_jax.processing import tokenize
-from clip_jax.processing.images import Preprocess
+from clip_jax.processing import Preprocess, make_tokenizer
 
 BATCH_SIZE = 256
 
@@ -59,8 +58,7 @@ class Encoders:
     @property
     def preprocess(self) -> Preprocess:
         """The model's image preprocessing."""
-        config = self.model.config
-        return Preprocess(config.vision.image_resolution, config.image_mean, config.image_std)
+        return Preprocess.from_config(self.model.config)
 
     def images(self, variables: Mapping[str, Any], images: np.ndarray) -> Float[np.ndarray, "n embed_dim"]:
         """Features of uint8 images (n, R, R, 3)."""
@@ -70,9 +68,9 @@ class Encoders:
         """Features of texts.
 
         Raises:
-          UserError: a text is longer than the model's context.
+          UserError: a text is longer than the model's context, or the model's tokenizer is not known.
         """
-        tokens = tokenize(list(texts), self.model.config.text.context_length)
+        tokens = make_tokenizer(self.model.config.text)(texts)
         return self._run("texts", self._encode_texts, variables, tokens)
 
     def _encode_images(self, variables: Any, images: Array) -> Array:

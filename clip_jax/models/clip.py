@@ -94,6 +94,13 @@ class CLIP(nn.Module):
                 f"expected tokens of shape (batch, at most {longest}), got {tokens.shape}; "
                 f"make them with tokenize(texts, context_length={longest})"
             )
+        if isinstance(tokens, np.ndarray):  # looking into a device's array would wait for it
+            outside = tokens[(tokens < 0) | (tokens >= self.config.text.vocab_size)]
+            if outside.size:
+                raise UserError(
+                    f"expected token ids from 0 to {self.config.text.vocab_size - 1}, got {outside[0]}: "
+                    "tokenize texts with the model's own tokenizer"
+                )
         return jnp.asarray(tokens)
 
 

@@ -13,6 +13,8 @@ from clip_jax.errors import UserError
 ACTIVATIONS = ("quick_gelu", "gelu")
 REMAT_POLICIES = ("none", "full", "dots", "attention")
 ATTENTION_IMPLEMENTATIONS = ("xla", "cudnn")
+INTERPOLATIONS = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")  # in the order of Pillow's numbers
+RESIZES = ("shortest", "squash")
 
 # Larger numbers come from damaged files, and are refused before anything of that size is built.
 LARGEST_SIZE = 2**20
@@ -76,7 +78,18 @@ class ResNetConfig:
 
 @dataclass(frozen=True)
 class TextConfig:
-    """The causal text Transformer."""
+    """The causal text Transformer, and the tokenizer that it was trained with.
+
+    Attributes:
+      width: features of a token.
+      heads: attention heads.
+      mlp_width: hidden features of an MLP.
+      layers: number of blocks.
+      context_length: tokens of a text, start and end included.
+      vocab_size: rows of the token embedding.
+      tokenizer: a kind that `processing.tokenizers` knows; of another kind only token ids can be encoded.
+      lowercase: whether that tokenizer lower-cases texts first, as OpenAI's does.
+    """
 
     width: int
     heads: int
@@ -84,19 +97,37 @@ class TextConfig:
     layers: int = 12
     context_length: int = 77
     vocab_size: int = 49408
+    tokenizer: str = "openai"
+    lowercase: bool = True
 
     def __post_init__(self):
         _check_positive(self)
         _check_divides("text width", self.width, "text heads", self.heads)
+        if not isinstance(self.tokenizer, str) or not isinstance(self.lowercase, bool):
+            raise UserError(
+                f"tokenizer must be a name and lowercase true or false, got {self.tokenizer!r} and {self.lowercase!r}"
+            )
 
 
 @dataclass(frozen=True)
 class CLIPConfig:
     """Everything that decides what a CLIP model computes; it travels with the weights.
 
-    The activation and the pixel statistics belong to it, because weights trained with one and run with another
-    lose accuracy without any error. `logit_bias` says that the logits have a learned bias, as the sigmoid loss of
-    SigLIP wants it (arXiv 2303.15343); OpenAI's models have none.
+    The activation and the image processing belong to it, because weights trained with one and run with another
+    lose accuracy without any error.
+
+    Attributes:
+      embed_dim: size of the features of both towers.
+      vision: the image tower.
+      text: the text tower.
+      activation: "quick_gelu" or "gelu".
+      logit_bias: whether the logits have a learned bias, as the sigmoid loss of SigLIP wants it (arXiv 2303.15343);
+        OpenAI's models have none.
+      image_mean: per channel, subtracted from values in [0, 1].
+      image_std: per channel, divided by.
+      image_interpolation: how images are resized, one of `INTERPOLATIONS`.
+      image_resize: "shortest" resizes the shorter side, "squash" both sides; the square in the centre is taken.
+      image_resize_to: the length that these sides get, in pixels; 0 for the side of that square.
     """
 
     embed_dim: int
@@ -106,6 +137,9 @@ class CLIPConfig:
     logit_bias: bool = False
     image_mean: tuple[float, float, float] = OPENAI_IMAGE_MEAN
     image_std: tuple[float, float, float] = OPENAI_IMAGE_STD
+    image_interpolation: str = "bicubic"
+    image_resize: str = "shortest"
+    image_resize_to: int = 0
 
     def __post_init__(self):
         object.__setattr__(self, "image_mean", tuple(self.image_mean))
@@ -118,6 +152,17 @@ class CLIPConfig:
         if not min(self.image_std) > 0:
             raise UserError(f"image_std must be above 0, got {self.image_std!r}")
         _check_choice("activation", self.activation, ACTIVATIONS)
+        _check_choice("image_interpolation", self.image_interpolation, INTERPOLATIONS)
+        _check_choice("image_resize", self.image_resize, RESIZES)
+        if self.image_resize_to != 0:
+            _check_size("image_resize_to", self.image_resize_to, self.image_resize_to, LARGEST_SIZE)
+            if self.image_resize_to < self.vision.image_resolution:
+                raise UserError(
+                    f"image_resize_to must be 0 or at least the image_resolution, {self.vision.image_resolution}, "
+                    f"got {self.image_resize_to}"
+                )
+            if self.image_resize_to == self.vision.image_resolution:
+                object.__setattr__(self, "image_resize_to", 0)
 
     def to_dict(self) -> dict[str, Any]:
         """The configuration as plain JSON-able values; `from_dict` is its inverse."""
@@ -190,6 +235,8 @@ def _tuples(values: Mapping[str, Any]) -> dict[str, Any]:
 
 def _check_positive(config: Any) -> None:
     for field in dataclasses.fields(config):
+        if field.type in (str, bool):
+            continue
         value = getattr(config, field.name)
         largest = MOST_LAYERS if field.name == "layers" else LARGEST_SIZE
         for number in value if isinstance(value, tuple) else (value,):

@@ -9,6 +9,7 @@ import jax
 
 from clip_jax.data.pipeline import train_batches
 from clip_jax.data.sources import make_sources
+from clip_jax.processing import Preprocess, make_tokenizer
 from clip_jax.training.checkpoint import Checkpoints, read_config, write_config
 from clip_jax.training.config import RunConfig, check_same_run, make_training
 from clip_jax.training.hooks import Evaluate, Log, Save
@@ -42,6 +43,7 @@ def run(values: Mapping[str, Any], workdir: str, make_evaluate: MakeEvaluate | N
     training.partitioner.check_batch_size(config.batch_size, config.microbatches, jax.process_count())
     train_step = make_train_step(training)
     sources, weights = make_sources(config.data, config.data_dir)
+    tokenizer = make_tokenizer(config.model.text)
     evaluate = make_evaluate(config, training) if make_evaluate else None
     checkpoints = Checkpoints(workdir, config.model)
     state = _state(checkpoints, training, config.seed)
@@ -51,8 +53,8 @@ def run(values: Mapping[str, Any], workdir: str, make_evaluate: MakeEvaluate | N
         weights,
         seed=config.seed,
         batch_size=config.batch_size,
-        image_resolution=config.model.vision.image_resolution,
-        context_length=config.model.text.context_length,
+        preprocess=Preprocess.from_config(config.model),
+        tokenizer=tokenizer,
         start_step=int(state.step),
         process_index=jax.process_index(),
         process_count=jax.process_count(),

@@ -47,7 +47,7 @@ def load_text(folder: str | Path, *, dtype: str = "float32") -> tuple[TextTransf
 def _config(folder: Path) -> tuple[Any, str]:
     path = folder / "config.json"
     values = read_json(path)
-    if values.get("model_type") == "clip_text_model":
+    if values.get("model_type") == huggingface.TEXT_MODEL_TYPE:
         try:
             return huggingface.text_from_json(values, str(path))
         except TypeError as error:

@@ -209,6 +209,11 @@ def check_expressible(config: CLIPConfig) -> None:
         "vision mlp_width": (getattr(vision, "mlp_width", 4 * trunk), 4 * trunk),
         "image_mean": (config.image_mean, OPENAI_IMAGE_MEAN),
         "image_std": (config.image_std, OPENAI_IMAGE_STD),
+        "image_interpolation": (config.image_interpolation, "bicubic"),
+        "image_resize": (config.image_resize, "shortest"),
+        "image_resize_to": (config.image_resize_to, 0),
+        "tokenizer": (text.tokenizer, "openai"),
+        "lowercase": (text.lowercase, True),
     }
     for what, (found, only) in wanted.items():
         if found != only:

@@ -1,3 +1,4 @@
+import dataclasses
 import functools
 from html.parser import HTMLParser
 
@@ -70,6 +71,17 @@ def test_every_image_is_scored_once_and_in_order(devices):
     features = unit(np.asarray(model.apply(variables(), images, method=model.encode_image)))
     classifier = zero_shot_classifier(encoders(1), variables(), CLASSES, result.templates)
     np.testing.assert_allclose(result.scores, features @ classifier.T, atol=1e-5)
+
+
+def test_texts_go_through_the_models_own_tokenizer():
+    cased = CLIP(dataclasses.replace(CONFIG, text=dataclasses.replace(CONFIG.text, lowercase=False)))
+    texts = ["A DOG", "a dog"]
+    tokens = tokenize(texts, 16, lowercase=False)
+    expected = unit(np.asarray(cased.apply(variables(), tokens, method=cased.encode_text)))
+    partitioner = make_partitioner(MeshConfig(), jax.devices()[:1])
+    got = Encoders(cased, partitioner).texts(variables(), texts)
+    np.testing.assert_allclose(got, expected, atol=1e-6)
+    assert np.abs(got[0] - got[1]).max() > 0.1
 
 
 def test_a_class_name_that_does_not_fit_is_refused():

@@ -208,3 +208,15 @@ def test_tokens_beyond_the_context_are_refused():
     model, variables = CLIP(tiny.VIT), init(tiny.VIT)
     with pytest.raises(UserError, match="at most 16"):
         model.apply(variables, np.zeros((1, 77), np.int32), method=model.encode_text)
+
+
+@pytest.mark.parametrize("outside", [-1, 512, 49407])
+def test_token_ids_outside_the_vocabulary_are_refused(outside):
+    """JAX would clamp them and compute on."""
+    model = CLIP(tiny.VIT)
+    tokens = tiny.tokens(tiny.VIT, 2)
+    tokens[1, 3] = outside
+    with pytest.raises(UserError, match=f"ids from 0 to 511, got {outside}"):
+        model.apply(init(tiny.VIT), tokens, method=model.encode_text)
+    with pytest.raises(UserError, match=f"ids from 0 to 511, got {outside}"):
+        model.apply(init(tiny.VIT), floats(tiny.VIT, 1), tokens)
