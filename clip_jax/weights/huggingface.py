@@ -12,12 +12,10 @@ from clip_jax.models import CLIPConfig, ResNetConfig, TextConfig, VisionTransfor
 from clip_jax.models.config import ACTIVATIONS
 from clip_jax.models.transformer import LAYER_NORM_EPSILON
 from clip_jax.processing import END_OF_TEXT, VOCAB_SIZE
-from clip_jax.weights import huggingface_processing, mapping, tensor_file
+from clip_jax.weights import fields, huggingface_processing, mapping, tensor_file
 from clip_jax.weights.files import appears_whole, read_json, write_json
 from clip_jax.weights.huggingface_processing import check_only
 from clip_jax.weights.mapping import Source
-
-_Pairs = Mapping[str, tuple[str, int]]
 
 WEIGHT_FILES = (
     "model.safetensors",
@@ -125,7 +123,7 @@ def _config(values: Mapping[str, Any], origin: str) -> CLIPConfig:
     check_only("num_channels", vision.get("num_channels", 3), (3,), origin)
     return CLIPConfig(
         embed_dim=values.get("projection_dim", 512),
-        vision=VisionTransformerConfig(**_fields(_VISION, vision)),
+        vision=VisionTransformerConfig(**fields.from_json(_VISION, vision)),
         text=text_config,
         activation=activation,
     )
@@ -137,21 +135,12 @@ def text_from_json(values: Mapping[str, Any], origin: str) -> tuple[TextConfig, 
     Raises:
       UserError: this architecture cannot express it; `origin` names the file.
     """
-    text, activation = TextConfig(**_fields(_TEXT, values)), values.get("hidden_act", "quick_gelu")
+    text, activation = TextConfig(**fields.from_json(_TEXT, values)), values.get("hidden_act", "quick_gelu")
     check_only("text layer_norm_eps", values.get("layer_norm_eps", LAYER_NORM_EPSILON), (LAYER_NORM_EPSILON,), origin)
     check_only("text hidden_act", activation, ACTIVATIONS, origin)
     # transformers pools at the first `eos_token_id`, we at the largest id: the same if that ends the vocabulary.
     check_only("text eos_token_id", values.get("eos_token_id", END_OF_TEXT), (_LEGACY_EOS, text.vocab_size - 1), origin)
     return text, activation
-
-
-def _fields(pairs: _Pairs, values: Mapping[str, Any]) -> dict[str, Any]:
-    return {ours: values.get(theirs, default) for ours, (theirs, default) in pairs.items()}
-
-
-def _settings(pairs: _Pairs, tower: TextConfig | VisionTransformerConfig) -> dict[str, Any]:
-    """Inverse of `_fields`."""
-    return {theirs: getattr(tower, ours) for ours, (theirs, _) in pairs.items()}
 
 
 def write(folder: Path, config: CLIPConfig, variables: Any) -> None:
@@ -165,9 +154,8 @@ def write(folder: Path, config: CLIPConfig, variables: Any) -> None:
         temporary.mkdir()
         write_json(temporary / "config.json", values)
         huggingface_processing.write(temporary, config)
-        tensor_file.write_safetensors(
-            temporary / WEIGHT_FILES[0], mapping.to_tensors(variables, mapping.leaves(config), naming)
-        )
+        named = mapping.to_tensors(variables, mapping.leaves(config), naming)
+        tensor_file.write_safetensors(temporary / WEIGHT_FILES[0], named)
 
 
 def config_to_json(config: CLIPConfig) -> dict[str, Any]:
@@ -196,8 +184,8 @@ def config_to_json(config: CLIPConfig) -> dict[str, Any]:
         "model_type": "clip",
         "dtype": "float32",
         "projection_dim": config.embed_dim,
-        "text_config": {"model_type": TEXT_MODEL_TYPE} | _settings(_TEXT, text) | special | shared,
+        "text_config": {"model_type": TEXT_MODEL_TYPE} | fields.to_json(_TEXT, text) | special | shared,
         "vision_config": {"model_type": "clip_vision_model", "num_channels": 3}
-        | _settings(_VISION, config.vision)
+        | fields.to_json(_VISION, config.vision)
         | shared,
     }
