@@ -12,6 +12,7 @@ from typing import Any
 
 from clip_jax import cli
 from clip_jax.errors import UserError
+from clip_jax.evaluation.datasets import accepted_names, evaluation_set
 
 
 def main(argv: Sequence[str]) -> None:
@@ -25,25 +26,25 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument(
         "--datasets",
         metavar="A,B,C",
-        help="shapes, shapes_seen, digits, a folder with one sub-folder a class, or a TFDS name (NAME or NAME/SPLIT); "
-        "default: the config's eval_datasets",
+        help=f"{accepted_names()}; default: the config's eval_datasets",
     )
     parser.add_argument("--output", metavar="FILE.json", help="write the results here, in CLIP_benchmark's format")
     parser.add_argument("--report", metavar="FILE.html", help="write a page with pictures here")
     flags, values = cli.parse(parser, argv)
 
-    from clip_jax.data.sources import evaluation_set
-    from clip_jax.evaluation.zero_shot import Encoders, zero_shot
+    from clip_jax.evaluation.zero_shot import make_encoders, zero_shot
     from clip_jax.models import CLIP
     from clip_jax.parallel import make_partitioner
     from clip_jax.training.config import RunConfig
+    from clip_jax.training.state import abstract_variables
 
     config = RunConfig.from_dict(values.to_dict())
     names = flags.datasets.split(",") if flags.datasets else config.eval_datasets
     datasets = [evaluation_set(name, config.data_dir) for name in names]
     weights = flags.weights or config.name
-    encoders = Encoders(CLIP(config.model, config.execution), make_partitioner(config.mesh))
-    variables = load_weights(weights, config, encoders)
+    model, partitioner = CLIP(config.model, config.execution), make_partitioner(config.mesh)
+    variables = load_weights(weights, config, abstract_variables(model, partitioner))
+    encoders = make_encoders(model, partitioner)
     results = [zero_shot(encoders, variables, dataset) for dataset in datasets]
     for result in results:
         print(f"{result.dataset.name}: " + ", ".join(f"{key} {value:.4f}" for key, value in result.metrics.items()))
@@ -58,8 +59,8 @@ def main(argv: Sequence[str]) -> None:
         print(f"report: {flags.report}")
 
 
-def load_weights(weights: str, config: Any, encoders: Any) -> Any:
-    """The variables that --weights names, on the mesh; they must be those of the config's model."""
+def load_weights(weights: str, config: Any, like: Any) -> Any:
+    """The variables that --weights names, sharded like `like`; they must be those of the config's model."""
     import jax
 
     from clip_jax.weights import load_variables
@@ -67,7 +68,7 @@ def load_weights(weights: str, config: Any, encoders: Any) -> Any:
     model_config, variables = load_variables(weights)
     if model_config != config.model:
         raise UserError(f"{weights} holds another model than the config {config.name}: {model_config}")
-    return jax.device_put(variables, encoders.partitioner.replicated)
+    return jax.device_put(variables, jax.tree.map(lambda leaf: leaf.sharding, like))
 
 
 def benchmark_row(result: Any, model: str, pretrained: str) -> dict[str, Any]:

@@ -47,10 +47,10 @@ def main(argv: Sequence[str]) -> None:
 
 def zero_shot_evaluation(config: Any, training: Any) -> Any:
     """What training calls every `eval_every` steps: zero-shot accuracy on the config's data sets."""
-    from clip_jax.data.sources import evaluation_set
-    from clip_jax.evaluation.zero_shot import Encoders, zero_shot
+    from clip_jax.evaluation.datasets import evaluation_set
+    from clip_jax.evaluation.zero_shot import make_encoders, zero_shot
 
-    encoders = Encoders(training.model, training.partitioner)
+    encoders = make_encoders(training.model, training.partitioner)
     datasets = [evaluation_set(name, config.data_dir) for name in config.eval_datasets]
 
     def evaluate(state: Any) -> dict[str, float]:

@@ -12,9 +12,8 @@ from clip_jax.models import CLIPConfig, ResNetConfig, TextConfig, VisionTransfor
 from clip_jax.models.config import ACTIVATIONS
 from clip_jax.models.transformer import LAYER_NORM_EPSILON
 from clip_jax.processing import END_OF_TEXT, VOCAB_SIZE
-from clip_jax.weights import archive, huggingface_processing, mapping
-from clip_jax.weights.archive import read_json
-from clip_jax.weights.archive_writer import appears_whole, write_json, write_safetensors
+from clip_jax.weights import huggingface_processing, mapping, tensor_file
+from clip_jax.weights.files import appears_whole, read_json, write_json
 from clip_jax.weights.huggingface_processing import check_only
 from clip_jax.weights.mapping import Source
 
@@ -96,16 +95,8 @@ def read(folder: Path) -> tuple[CLIPConfig, Any]:
 def tensors(folder: Path) -> dict[str, np.ndarray]:
     """The tensors of the folder's file, or of all files that its index names."""
     path = next(folder / name for name in WEIGHT_FILES if (folder / name).is_file())
-    shards = [path.name]
-    if path.suffix == ".json":
-        weight_map = read_json(path).get("weight_map")
-        if not isinstance(weight_map, dict):
-            raise UserError(f"{path} has no weight_map from tensors to files")
-        shards = sorted(set(map(str, weight_map.values())))
-    outside = [shard for shard in shards if Path(shard).name != shard]
-    if outside:
-        raise UserError(f"{path} names files outside its folder: {outside[0]!r}")
-    tensors = {k: v for shard in shards for k, v in archive.read(folder / shard).tensors.items()}
+    shards = tensor_file.shards(path) if path.suffix == ".json" else [path.name]
+    tensors = {k: v for shard in shards for k, v in tensor_file.read(folder / shard).tensors.items()}
     return {k: v for k, v in tensors.items() if not k.endswith(".position_ids")}
 
 
@@ -174,7 +165,9 @@ def write(folder: Path, config: CLIPConfig, variables: Any) -> None:
         temporary.mkdir()
         write_json(temporary / "config.json", values)
         huggingface_processing.write(temporary, config)
-        write_safetensors(temporary / WEIGHT_FILES[0], mapping.to_tensors(variables, mapping.leaves(config), naming))
+        tensor_file.write_safetensors(
+            temporary / WEIGHT_FILES[0], mapping.to_tensors(variables, mapping.leaves(config), naming)
+        )
 
 
 def config_to_json(config: CLIPConfig) -> dict[str, Any]:

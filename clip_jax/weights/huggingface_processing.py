@@ -14,8 +14,7 @@ from clip_jax.errors import UserError
 from clip_jax.models import CLIPConfig
 from clip_jax.models.config import INTERPOLATIONS
 from clip_jax.processing import VOCAB_SIZE, bpe
-from clip_jax.weights.archive import read_json
-from clip_jax.weights.archive_writer import write_json
+from clip_jax.weights.files import read_json, write_json
 
 PREPROCESSOR_FILE = "preprocessor_config.json"
 _PROCESSOR_FILE = "processor_config.json"  # of transformers 5; holds the image processor, or nothing of interest

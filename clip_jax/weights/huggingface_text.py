@@ -10,7 +10,7 @@ from clip_jax.errors import UserError
 from clip_jax.models import Execution
 from clip_jax.models.text import TextTransformer
 from clip_jax.weights import huggingface, mapping
-from clip_jax.weights.archive import read_json
+from clip_jax.weights.files import read_json
 
 _TEXT_NAMES = ("text_model.", "text_projection.")
 

@@ -15,7 +15,7 @@ from safetensors.numpy import save_file
 
 from clip_jax.errors import UserError
 from clip_jax.weights import load_variables, save
-from clip_jax.weights.archive import read
+from clip_jax.weights.tensor_file import read
 from clip_jax.weights.unpickle import unpickle
 
 STORAGE = (
