@@ -10,7 +10,6 @@ from clip_jax import model_folder
 from clip_jax.errors import UserError
 from clip_jax.models import CLIPConfig
 from clip_jax.weights import download, hub, huggingface, open_clip, openai
-from clip_jax.weights.files import read_json
 
 WRITERS = {
     "jax": model_folder.write,
@@ -90,10 +89,6 @@ def _locate_folder(folder: Path) -> tuple[str, Path]:
     if open_clip.is_folder(folder):
         return "open_clip", open_clip.weights_file(folder)
     if huggingface.is_folder(folder):
-        kind = read_json(folder / "config.json").get("model_type")
-        if kind in ("clip_text_model", "clip_vision_model"):
-            use = "; clip_jax.weights.load_text reads it" if kind == "clip_text_model" else ""
-            raise UserError(f"{folder} holds one tower of a CLIP model alone ({kind}){use}")
         return "huggingface", folder
     raise UserError(
         f"{folder} is no folder of weights: expected {model_folder.DESCRIPTION} (a model folder), config.json with "

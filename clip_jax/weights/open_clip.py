@@ -13,6 +13,7 @@ from typing import Any
 from clip_jax.errors import UserError
 from clip_jax.models import CLIPConfig, ResNetConfig, TextConfig, VisionTransformerConfig
 from clip_jax.weights import mapping, openai, tensor_file
+from clip_jax.weights.fields import from_json, to_json
 from clip_jax.weights.files import appears_whole, read_json, write_json
 
 CONFIG_FILE = "open_clip_config.json"
@@ -95,7 +96,7 @@ def config_from_json(values: Mapping[str, Any], origin: str) -> CLIPConfig:
         config = CLIPConfig(
             embed_dim=model["embed_dim"],
             vision=_vision_config(vision),
-            text=_with_mlp(TextConfig, _from_json(_TEXT, text) | cased, text),
+            text=_with_mlp(TextConfig, from_json(_TEXT, text) | cased, text),
             activation="quick_gelu" if model.get("quick_gelu") else "gelu",
             logit_bias=model.get("init_logit_bias") is not None,
         )
@@ -109,18 +110,10 @@ def config_from_json(values: Mapping[str, Any], origin: str) -> CLIPConfig:
 def _vision_config(vision: Mapping[str, Any]) -> VisionTransformerConfig | ResNetConfig:
     head_width = vision.get("head_width", 64)
     if isinstance(vision.get("layers"), list):
-        fields = _from_json(_RESNET, vision | {"layers": tuple(vision["layers"])})
+        fields = from_json(_RESNET, vision | {"layers": tuple(vision["layers"])})
         return ResNetConfig(**fields, heads=fields["width"] * 32 // head_width)
-    fields = _from_json(_VIT, vision)
+    fields = from_json(_VIT, vision)
     return _with_mlp(VisionTransformerConfig, fields | {"heads": fields["width"] // head_width}, vision)
-
-
-def _from_json(table: Mapping[str, tuple[str, int]], values: Mapping[str, Any]) -> dict[str, Any]:
-    return {ours: values.get(theirs, default) for theirs, (ours, default) in table.items()}
-
-
-def _to_json(table: Mapping[str, tuple[str, int]], tower: Any) -> dict[str, Any]:
-    return {theirs: getattr(tower, ours) for theirs, (ours, _) in table.items()}
 
 
 def _with_mlp(tower: type, fields: Mapping[str, Any], values: Mapping[str, Any]) -> Any:
@@ -184,9 +177,9 @@ def config_to_json(config: CLIPConfig) -> dict[str, Any]:
     _check_expressible(config)
     vision, text = config.vision, config.text
     if isinstance(vision, ResNetConfig):
-        vision_values = _to_json(_RESNET, vision) | {"head_width": vision.output_width // vision.heads}
+        vision_values = to_json(_RESNET, vision) | {"head_width": vision.output_width // vision.heads}
     else:
-        vision_values = _to_json(_VIT, vision) | {
+        vision_values = to_json(_VIT, vision) | {
             "head_width": vision.width // vision.heads,
             "mlp_ratio": _ratio(vision),
         }
@@ -197,7 +190,7 @@ def config_to_json(config: CLIPConfig) -> dict[str, Any]:
             "embed_dim": config.embed_dim,
             "quick_gelu": config.activation == "quick_gelu",
             "vision_cfg": vision_values,
-            "text_cfg": _to_json(_TEXT, text)
+            "text_cfg": to_json(_TEXT, text)
             | {"mlp_ratio": _ratio(text)}
             | ({} if text.lowercase else {"tokenizer_kwargs": _CASED}),
         },
