@@ -21,7 +21,7 @@ _READERS_WITH_CONFIG = {"jax": model_folder.read, "open_clip": open_clip.read, "
 
 
 def load_variables(
-    source: str | Path,
+    source: epath.PathLike,
     *,
     download_root: str | Path | None = None,
     activation: str | None = None,
@@ -31,7 +31,7 @@ def load_variables(
 
     Args:
       source: an official name ("ViT-B/32"), a `.pt`, `.bin` or `.safetensors` file, a folder of transformers or of
-        open_clip, a name on the hub ("ORG/NAME" or "hf-hub:ORG/NAME"), or a converted checkpoint.
+        open_clip, a model folder, a workdir or a step of one, or a name on the hub ("ORG/NAME" or "hf-hub:ORG/NAME").
       download_root: the cache of official files; see `download.cache_folder` for the default.
       activation: "quick_gelu" or "gelu", for a bare file that does not say which.
       model_config: one of open_clip's `model_configs/NAME.json`, for a bare file whose tensors do not show what the
@@ -50,10 +50,10 @@ def load_variables(
     return _READERS_WITH_CONFIG[form](path)
 
 
-def locate(source: str | Path, download_root: str | Path | None = None) -> tuple[str, Path | epath.Path]:
+def locate(source: epath.PathLike, download_root: str | Path | None = None) -> tuple[str, Path | epath.Path]:
     """The format of `source` (a key of `WRITERS`) and where it lies; official files and the hub's are downloaded.
 
-    The path is the folder of a converted checkpoint or of transformers, and the file of weights otherwise.
+    The path is a model folder or one of transformers, and the file of weights otherwise.
 
     Raises:
       UserError: nothing is there, or nothing that is known.

@@ -4,6 +4,8 @@ import argparse
 import dataclasses
 import json
 import pathlib
+import sys
+import types
 from collections import defaultdict
 
 import jax
@@ -197,11 +199,23 @@ def test_numbers_that_are_not_finite_are_named(tmp_path):
     )
 
 
-def test_what_training_scripts_keep_beside_the_weights(tmp_path):
+class AttributeDict(dict):
+    """What Lightning keeps hyper-parameters in, under a name that stays when it is pickled."""
+
+
+AttributeDict.__module__ = "pytorch_lightning.utilities.parsing"
+
+
+def test_what_training_scripts_keep_beside_the_weights(tmp_path, monkeypatch):
     """Settings, paths and scores are passed over, whatever they hold; nothing of them is made."""
     variables = random_variables(VIT)
     state = {name: torch.from_numpy(np.ascontiguousarray(t)) for name, t in openai.state_dict(VIT, variables).items()}
+    module = types.ModuleType(AttributeDict.__module__)
+    module.AttributeDict = AttributeDict
+    for name in ("pytorch_lightning", "pytorch_lightning.utilities", AttributeDict.__module__):
+        monkeypatch.setitem(sys.modules, name, module)
     checkpoint = {
+        "hyper_parameters": AttributeDict(lr=1e-3),
         "state_dict": state,
         "args": argparse.Namespace(lr=1e-3, output=pathlib.Path("/x"), nested=argparse.Namespace(), tags={"a"}),
         "best": np.float64(0.5),
