@@ -45,24 +45,25 @@ _RENAMING = (
 )
 _TRANSPOSED = ("text_projection", "visual.proj")
 
-# Our field -> transformers' name, and what transformers assumes where config.json is silent.
+# transformers' field -> ours, and what transformers takes where it is missing (CLIPTextConfig, CLIPVisionConfig).
 _TEXT = {
-    "width": ("hidden_size", 512),
-    "heads": ("num_attention_heads", 8),
-    "mlp_width": ("intermediate_size", 2048),
-    "layers": ("num_hidden_layers", 12),
-    "context_length": ("max_position_embeddings", 77),
+    "hidden_size": ("width", 512),
+    "num_attention_heads": ("heads", 8),
+    "intermediate_size": ("mlp_width", 2048),
+    "num_hidden_layers": ("layers", 12),
+    "max_position_embeddings": ("context_length", 77),
     "vocab_size": ("vocab_size", 49408),
 }
 _VISION = {
-    "image_resolution": ("image_size", 224),
+    "image_size": ("image_resolution", 224),
     "patch_size": ("patch_size", 32),
-    "width": ("hidden_size", 768),
-    "heads": ("num_attention_heads", 12),
-    "mlp_width": ("intermediate_size", 3072),
-    "layers": ("num_hidden_layers", 12),
+    "hidden_size": ("width", 768),
+    "num_attention_heads": ("heads", 12),
+    "intermediate_size": ("mlp_width", 3072),
+    "num_hidden_layers": ("layers", 12),
 }
 TEXT_MODEL_TYPE = "clip_text_model"
+VISION_MODEL_TYPE = "clip_vision_model"
 _LEGACY_EOS = 2  # transformers then takes the largest id, as OpenAI does
 
 
@@ -111,9 +112,11 @@ def config_from_json(values: Mapping[str, Any], origin: str) -> CLIPConfig:
 
 
 def _config(values: Mapping[str, Any], origin: str) -> CLIPConfig:
-    if values.get("model_type") == TEXT_MODEL_TYPE:
-        raise UserError(f"{origin}: model_type is {TEXT_MODEL_TYPE!r}, a text tower alone: open it with load_text")
-    check_only("model_type", values.get("model_type"), ("clip",), origin)
+    kind = values.get("model_type")
+    if kind in (TEXT_MODEL_TYPE, VISION_MODEL_TYPE):
+        use = "; clip_jax.weights.load_text reads it" if kind == TEXT_MODEL_TYPE else ""
+        raise UserError(f"{origin}: one tower of a CLIP model alone ({kind}){use}")
+    check_only("model_type", kind, ("clip",), origin)
     # Files of transformers before 4.30 keep what was changed from the defaults in `..._config_dict`.
     text = values.get("text_config_dict") or values.get("text_config") or {}
     vision = values.get("vision_config_dict") or values.get("vision_config") or {}
