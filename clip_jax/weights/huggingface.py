@@ -45,22 +45,22 @@ _RENAMING = (
 )
 _TRANSPOSED = ("text_projection", "visual.proj")
 
-# transformers' field -> ours, and what transformers takes where it is missing (CLIPTextConfig, CLIPVisionConfig).
+# Our field -> transformers' name, and what transformers takes where it is missing (CLIPTextConfig, CLIPVisionConfig).
 _TEXT = {
-    "hidden_size": ("width", 512),
-    "num_attention_heads": ("heads", 8),
-    "intermediate_size": ("mlp_width", 2048),
-    "num_hidden_layers": ("layers", 12),
-    "max_position_embeddings": ("context_length", 77),
+    "width": ("hidden_size", 512),
+    "heads": ("num_attention_heads", 8),
+    "mlp_width": ("intermediate_size", 2048),
+    "layers": ("num_hidden_layers", 12),
+    "context_length": ("max_position_embeddings", 77),
     "vocab_size": ("vocab_size", 49408),
 }
 _VISION = {
-    "image_size": ("image_resolution", 224),
+    "image_resolution": ("image_size", 224),
     "patch_size": ("patch_size", 32),
-    "hidden_size": ("width", 768),
-    "num_attention_heads": ("heads", 12),
-    "intermediate_size": ("mlp_width", 3072),
-    "num_hidden_layers": ("layers", 12),
+    "width": ("hidden_size", 768),
+    "heads": ("num_attention_heads", 12),
+    "mlp_width": ("intermediate_size", 3072),
+    "layers": ("num_hidden_layers", 12),
 }
 TEXT_MODEL_TYPE = "clip_text_model"
 VISION_MODEL_TYPE = "clip_vision_model"
@@ -188,7 +188,7 @@ def config_to_json(config: CLIPConfig) -> dict[str, Any]:
         "dtype": "float32",
         "projection_dim": config.embed_dim,
         "text_config": {"model_type": TEXT_MODEL_TYPE} | fields.to_json(_TEXT, text) | special | shared,
-        "vision_config": {"model_type": "clip_vision_model", "num_channels": 3}
+        "vision_config": {"model_type": VISION_MODEL_TYPE, "num_channels": 3}
         | fields.to_json(_VISION, config.vision)
         | shared,
     }
