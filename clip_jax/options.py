@@ -122,9 +122,14 @@ def kept_values(config: Any, prefix: str = "") -> dict[str, Any]:
     return values
 
 
-def describe(cls: type) -> str:
-    """Every option with its type, default and help, group by group; for a terminal."""
-    sections = list(_sections(cls, "", ""))
+def describe(cls: type, name: str = "") -> str:
+    """Every option with its type, default and help, group by group; for a terminal.
+
+    Args:
+      cls: a dataclass.
+      name: dotted, of the group that it describes, if any; its docstring is then the title.
+    """
+    sections = list(_sections(cls, name, name and f"{name}: {cls.__doc__}"))
     names = max(len(name) for _, rows in sections for name, _, _ in rows)
     kinds = min(30, max(len(kind) for _, rows in sections for _, kind, _ in rows))
     lines = []
