@@ -87,6 +87,6 @@ def test_a_run_with_a_loss_a_source_an_evaluation_set_and_a_hook_of_ones_own(tmp
     run_module.run(config, str(tmp_path), zero_shot_evaluation)
     assert seen.calls == ["start", 2, 3, "end"]
     first, *_, evaluated = read_metrics(tmp_path)
-    # At exp(logit_scale) = e the loss of 8 pairs is near ln 8; this one is twice that, and starts and learns from there.
+    # The loss of 8 pairs is near ln 8 at first; this one is twice that, and its scale starts elsewhere.
     assert abs(first["loss"] - 2 * np.log(8)) < 2.0 and abs(first["logit_scale"] - 1) < 0.01
     assert set(evaluated) == {"step", "eval/greys/acc1", "eval/greys/mean_per_class_recall"}
