@@ -3,7 +3,6 @@
 import json
 import shutil
 
-import flax.linen as nn
 import jax
 import numpy as np
 import pytest
@@ -12,23 +11,17 @@ from flax.traverse_util import flatten_dict
 from clip_jax import model_folder
 from clip_jax.digests import digest, digests
 from clip_jax.errors import UserError
-from clip_jax.models import CLIP
 from clip_jax.parallel import MeshConfig, make_partitioner
 from clip_jax.weights import load_variables
 from tests import tiny
 
 
-def variables_of(config):
-    images = np.zeros((1, 32, 32, 3), np.float32)
-    return nn.unbox(jax.jit(CLIP(config).init)(jax.random.key(0), images, tiny.tokens(config, 1)))
-
-
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model") / "vit"
-    variables = variables_of(tiny.VIT)
+    variables = tiny.variables(tiny.VIT)
     model_folder.write(folder, tiny.VIT, variables)
-    return folder, jax.tree.map(np.asarray, variables)
+    return folder, variables
 
 
 def assert_equal(got, want):

@@ -1,6 +1,7 @@
 """Joining the processes of a multi-host run."""
 
 import importlib.util
+import logging
 import os
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from clip_jax.errors import UserError
 
 
 def initialize(coordinator: str | None, processes: int | None, process_index: int | None) -> None:
-    """Make this process one of several, before anything else touches a device.
+    """Make this process one of several, before anything else touches a device; only the first one logs events then.
 
     By hand when told where the coordinator is; by itself on TPU hosts and under Slurm, where JAX knows how to find
     the others; otherwise nothing happens and the process is alone.
@@ -34,6 +35,10 @@ def initialize(coordinator: str | None, processes: int | None, process_index: in
         jax.distributed.initialize(coordinator, processes, process_index)
     elif _on_tpu_host() or int(os.environ.get("SLURM_NTASKS", "1")) > 1:
         jax.distributed.initialize()
+    else:
+        return
+    if jax.process_index() != 0:
+        logging.getLogger("clip_jax").setLevel(logging.WARNING)
 
 
 def _on_tpu_host() -> bool:

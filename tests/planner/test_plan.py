@@ -7,7 +7,7 @@ import json
 import jax
 import pytest
 
-from clip_jax.cli import load_config, override
+from clip_jax.cli import load_config
 from clip_jax.errors import UserError
 from clip_jax.planner import ahead_of_time, plan
 from clip_jax.planner.ahead_of_time import Memory, Plan, bytes_needed, make_plan
@@ -29,8 +29,7 @@ KEYS = {
 
 
 def config_of(**overrides) -> RunConfig:
-    values = override(load_config("demo"), [(field, str(value)) for field, value in overrides.items()])
-    return RunConfig.from_dict(values.to_dict())
+    return load_config("demo", {field: str(value) for field, value in overrides.items()})
 
 
 CONFIG = config_of(**{"total_steps": 1000})

@@ -7,12 +7,11 @@ import jax
 import pytest
 from jax.experimental import topologies
 
-from clip_jax.cli import load_config, override
+from clip_jax.cli import load_config
 from clip_jax.models import parameter_count
 from clip_jax.planner.ahead_of_time import use_compiler_only
 from clip_jax.planner.plan import main_plan
 from clip_jax.planner.topologies import parse_topology
-from clip_jax.training.config import RunConfig
 
 # Slow: the TPU compiler takes a minute or more, and is an optional requirement.
 pytestmark = [
@@ -39,7 +38,7 @@ def environment():
 
 
 def test_plan_of_a_small_step(capsys, tmp_path):
-    config = RunConfig.from_dict(override(load_config("demo"), list(SMALL.items())).to_dict())
+    config = load_config("demo", SMALL)
     main_plan(config, "v5e-4", str(tmp_path / "plan.json"))
     values = json.loads((tmp_path / "plan.json").read_text())
     printed = capsys.readouterr().out
