@@ -45,7 +45,7 @@ _RENAMING = (
 )
 _TRANSPOSED = ("text_projection", "visual.proj")
 
-# Our field -> transformers' name, and what transformers assumes where config.json is silent.
+# Our field -> transformers' name, and what transformers takes where it is missing (CLIPTextConfig, CLIPVisionConfig).
 _TEXT = {
     "width": ("hidden_size", 512),
     "heads": ("num_attention_heads", 8),
@@ -63,6 +63,7 @@ _VISION = {
     "layers": ("num_hidden_layers", 12),
 }
 TEXT_MODEL_TYPE = "clip_text_model"
+VISION_MODEL_TYPE = "clip_vision_model"
 _LEGACY_EOS = 2  # transformers then takes the largest id, as OpenAI does
 
 
@@ -111,9 +112,11 @@ def config_from_json(values: Mapping[str, Any], origin: str) -> CLIPConfig:
 
 
 def _config(values: Mapping[str, Any], origin: str) -> CLIPConfig:
-    if values.get("model_type") == TEXT_MODEL_TYPE:
-        raise UserError(f"{origin}: model_type is {TEXT_MODEL_TYPE!r}, a text tower alone: open it with load_text")
-    check_only("model_type", values.get("model_type"), ("clip",), origin)
+    kind = values.get("model_type")
+    if kind in (TEXT_MODEL_TYPE, VISION_MODEL_TYPE):
+        use = "; clip_jax.weights.load_text reads it" if kind == TEXT_MODEL_TYPE else ""
+        raise UserError(f"{origin}: one tower of a CLIP model alone ({kind}){use}")
+    check_only("model_type", kind, ("clip",), origin)
     # Files of transformers before 4.30 keep what was changed from the defaults in `..._config_dict`.
     text = values.get("text_config_dict") or values.get("text_config") or {}
     vision = values.get("vision_config_dict") or values.get("vision_config") or {}
@@ -185,7 +188,7 @@ def config_to_json(config: CLIPConfig) -> dict[str, Any]:
         "dtype": "float32",
         "projection_dim": config.embed_dim,
         "text_config": {"model_type": TEXT_MODEL_TYPE} | fields.to_json(_TEXT, text) | special | shared,
-        "vision_config": {"model_type": "clip_vision_model", "num_channels": 3}
+        "vision_config": {"model_type": VISION_MODEL_TYPE, "num_channels": 3}
         | fields.to_json(_VISION, config.vision)
         | shared,
     }
