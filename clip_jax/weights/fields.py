@@ -1,17 +1,16 @@
-"""What other formats call the sizes of a tower: one table a tower, read in both directions."""
+"""Tables of a tower's fields, read in both directions: our field -> (another library's name, its default)."""
 
 from collections.abc import Mapping
 from typing import Any
 
-# Their field -> ours, and what they take where it is missing.
-Table = Mapping[str, tuple[str, int]]
+Fields = Mapping[str, tuple[str, int]]
 
 
-def from_json(table: Table, values: Mapping[str, Any]) -> dict[str, Any]:
-    """Our fields from a configuration of theirs."""
-    return {ours: values.get(theirs, default) for theirs, (ours, default) in table.items()}
+def from_json(fields: Fields, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of our dataclass, from what the other library's configuration says or takes by default."""
+    return {ours: values.get(theirs, default) for ours, (theirs, default) in fields.items()}
 
 
-def to_json(table: Table, tower: Any) -> dict[str, Any]:
-    """Inverse of `from_json`, from one of our towers' configurations."""
-    return {theirs: getattr(tower, ours) for theirs, (ours, _) in table.items()}
+def to_json(fields: Fields, tower: Any) -> dict[str, Any]:
+    """The same fields of our dataclass, by the other library's names."""
+    return {theirs: getattr(tower, ours) for ours, (theirs, _) in fields.items()}

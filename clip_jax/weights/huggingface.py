@@ -12,8 +12,7 @@ from clip_jax.models import CLIPConfig, ResNetConfig, TextConfig, VisionTransfor
 from clip_jax.models.config import ACTIVATIONS
 from clip_jax.models.transformer import LAYER_NORM_EPSILON
 from clip_jax.processing import END_OF_TEXT, VOCAB_SIZE
-from clip_jax.weights import huggingface_processing, mapping, tensor_file
-from clip_jax.weights.fields import from_json, to_json
+from clip_jax.weights import fields, huggingface_processing, mapping, tensor_file
 from clip_jax.weights.files import appears_whole, read_json, write_json
 from clip_jax.weights.huggingface_processing import check_only
 from clip_jax.weights.mapping import Source
@@ -46,22 +45,22 @@ _RENAMING = (
 )
 _TRANSPOSED = ("text_projection", "visual.proj")
 
-# transformers' field -> ours, and what transformers takes where it is missing (CLIPTextConfig, CLIPVisionConfig).
+# Our field -> transformers' name, and what transformers takes where it is missing (CLIPTextConfig, CLIPVisionConfig).
 _TEXT = {
-    "hidden_size": ("width", 512),
-    "num_attention_heads": ("heads", 8),
-    "intermediate_size": ("mlp_width", 2048),
-    "num_hidden_layers": ("layers", 12),
-    "max_position_embeddings": ("context_length", 77),
+    "width": ("hidden_size", 512),
+    "heads": ("num_attention_heads", 8),
+    "mlp_width": ("intermediate_size", 2048),
+    "layers": ("num_hidden_layers", 12),
+    "context_length": ("max_position_embeddings", 77),
     "vocab_size": ("vocab_size", 49408),
 }
 _VISION = {
-    "image_size": ("image_resolution", 224),
+    "image_resolution": ("image_size", 224),
     "patch_size": ("patch_size", 32),
-    "hidden_size": ("width", 768),
-    "num_attention_heads": ("heads", 12),
-    "intermediate_size": ("mlp_width", 3072),
-    "num_hidden_layers": ("layers", 12),
+    "width": ("hidden_size", 768),
+    "heads": ("num_attention_heads", 12),
+    "mlp_width": ("intermediate_size", 3072),
+    "layers": ("num_hidden_layers", 12),
 }
 TEXT_MODEL_TYPE = "clip_text_model"
 VISION_MODEL_TYPE = "clip_vision_model"
@@ -127,7 +126,7 @@ def _config(values: Mapping[str, Any], origin: str) -> CLIPConfig:
     check_only("num_channels", vision.get("num_channels", 3), (3,), origin)
     return CLIPConfig(
         embed_dim=values.get("projection_dim", 512),
-        vision=VisionTransformerConfig(**from_json(_VISION, vision)),
+        vision=VisionTransformerConfig(**fields.from_json(_VISION, vision)),
         text=text_config,
         activation=activation,
     )
@@ -139,7 +138,7 @@ def text_from_json(values: Mapping[str, Any], origin: str) -> tuple[TextConfig, 
     Raises:
       UserError: this architecture cannot express it; `origin` names the file.
     """
-    text, activation = TextConfig(**from_json(_TEXT, values)), values.get("hidden_act", "quick_gelu")
+    text, activation = TextConfig(**fields.from_json(_TEXT, values)), values.get("hidden_act", "quick_gelu")
     check_only("text layer_norm_eps", values.get("layer_norm_eps", LAYER_NORM_EPSILON), (LAYER_NORM_EPSILON,), origin)
     check_only("text hidden_act", activation, ACTIVATIONS, origin)
     # transformers pools at the first `eos_token_id`, we at the largest id: the same if that ends the vocabulary.
@@ -158,9 +157,8 @@ def write(folder: Path, config: CLIPConfig, variables: Any) -> None:
         temporary.mkdir()
         write_json(temporary / "config.json", values)
         huggingface_processing.write(temporary, config)
-        tensor_file.write_safetensors(
-            temporary / WEIGHT_FILES[0], mapping.to_tensors(variables, mapping.leaves(config), naming)
-        )
+        named = mapping.to_tensors(variables, mapping.leaves(config), naming)
+        tensor_file.write_safetensors(temporary / WEIGHT_FILES[0], named)
 
 
 def config_to_json(config: CLIPConfig) -> dict[str, Any]:
@@ -189,8 +187,8 @@ def config_to_json(config: CLIPConfig) -> dict[str, Any]:
         "model_type": "clip",
         "dtype": "float32",
         "projection_dim": config.embed_dim,
-        "text_config": {"model_type": TEXT_MODEL_TYPE} | to_json(_TEXT, text) | special | shared,
+        "text_config": {"model_type": TEXT_MODEL_TYPE} | fields.to_json(_TEXT, text) | special | shared,
         "vision_config": {"model_type": VISION_MODEL_TYPE, "num_channels": 3}
-        | to_json(_VISION, config.vision)
+        | fields.to_json(_VISION, config.vision)
         | shared,
     }

@@ -228,11 +228,3 @@ def test_what_training_scripts_keep_beside_the_weights(tmp_path, monkeypatch):
     torch.save(checkpoint, tmp_path / "a.ckpt")
     _, found = load_variables(tmp_path / "a.ckpt", activation="gelu")
     jax.tree.map(np.testing.assert_array_equal, found, variables)
-
-
-@pytest.mark.parametrize("tower", ["text", "vision"])
-def test_folders_of_one_tower_name_what_reads_them(tmp_path, tower):
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": f"clip_{tower}_model"}))
-    save_file({"x": np.zeros(8, np.float32)}, tmp_path / "model.safetensors")
-    ending = {"text": r"; clip_jax\.weights\.load_text reads it", "vision": ""}[tower]
-    refused(rf"one tower of a CLIP model alone \(clip_{tower}_model\){ending}$", tmp_path)
