@@ -120,7 +120,7 @@ class CLIPConfig:
     image_mean: tuple[float, float, float] = option(OPENAI_IMAGE_MEAN, "per channel, subtracted from pixels in [0, 1]")
     image_std: tuple[float, float, float] = option(OPENAI_IMAGE_STD, "per channel, by which they are divided then")
     image_interpolation: str = option("bicubic", f"how images are resized: {', '.join(INTERPOLATIONS)}")
-    image_resize: str = option("shortest", "their shortest side, or squash: both; then the centre square is taken")
+    image_resize: str = option("shortest", "shortest: the shorter side, squash: both; then the centre square is taken")
     image_resize_to: int = option(0, "length that these sides get, pixels; 0 for the side of the square")
 
     def __post_init__(self):
