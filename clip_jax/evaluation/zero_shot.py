@@ -76,7 +76,7 @@ class Encoders:
         return self._run("texts", self._encode_texts, variables, tokens)
 
     def _encode_images(self, variables: Any, images: Array) -> Array:
-        pixels = self.preprocess.normalize(images)
+        pixels = self.preprocess.normalize(images, self.model.execution.wide_dtype)
         return normalize(self.model.apply(variables, pixels, method=self.model.encode_image))
 
     def _encode_texts(self, variables: Any, tokens: Array) -> Array:

@@ -6,9 +6,11 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from clip_jax.errors import UserError
+from clip_jax.precision import wide_dtype
 
 ACTIVATIONS = ("quick_gelu", "gelu")
 REMAT_POLICIES = ("none", "full", "dots", "attention")
@@ -147,8 +149,8 @@ class Execution:
     """How a model runs; none of this changes its parameters, and only `dtype` changes its numbers noticeably.
 
     Attributes:
-      dtype: the compute type, "float32" or "bfloat16". Parameters, LayerNorm and BatchNorm statistics, softmax,
-        L2 norms, logits and losses are float32 regardless.
+      dtype: the compute type: "float32", "bfloat16", or "float64" for proofs (under `jax_enable_x64`, with parameters
+        converted to it). LayerNorm and BatchNorm statistics, softmax, L2 norms, logits and losses are at least float32.
       remat: what the backward pass recomputes: "none" keeps all activations; "full" keeps only the input of each
         iteration of the layer loop (of each block in a ResNet); "dots" keeps the matrix products with weights;
         "attention" recomputes the attention alone.
@@ -165,7 +167,12 @@ class Execution:
     block_tokens: int = 0
 
     def __post_init__(self):
-        _check_choice("dtype", self.dtype, ("float32", "bfloat16"))
+        _check_choice("dtype", self.dtype, ("float32", "bfloat16", "float64"))
+        if self.dtype == "float64" and not jax.config.jax_enable_x64:
+            raise UserError(
+                'dtype="float64" needs 64-bit types, which JAX has switched off; set the environment variable '
+                'JAX_ENABLE_X64=1, or compute in "float32"'
+            )
         _check_choice("remat", self.remat, REMAT_POLICIES)
         _check_choice("attention", self.attention, ATTENTION_IMPLEMENTATIONS)
         if self.unroll < 1:
@@ -181,6 +188,11 @@ class Execution:
     def compute_dtype(self) -> jnp.dtype:
         """`dtype` as jax.numpy knows it."""
         return jnp.dtype(self.dtype)
+
+    @property
+    def wide_dtype(self) -> jnp.dtype:
+        """The type of what must not be rounded: at least float32."""
+        return wide_dtype(self.dtype)
 
 
 def _tuples(values: Mapping[str, Any]) -> dict[str, Any]:

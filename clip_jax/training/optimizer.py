@@ -53,7 +53,7 @@ def learning_rate_schedule(config: OptimizerConfig, total_steps: int) -> optax.S
         warmup_steps=config.warmup_steps,
         decay_steps=total_steps,
     )
-    return lambda step: schedule(step + 1)
+    return lambda step: schedule(step + 1.0)  # optax would compute with an integer in float32, under x64 as well
 
 
 def weight_decay_mask(params: Any) -> Any:
