@@ -2,16 +2,19 @@
 
   python convert_torch_weights.py ViT-B/32 vit_b32                       OpenAI's weights, downloaded
   python convert_torch_weights.py model.safetensors DST --activation gelu
+  python convert_torch_weights.py model.safetensors DST --model_config ViT-H-14.json
   python convert_torch_weights.py vit_b32 vit_b32_hf --to huggingface --verify
 
 SRC is an official name (RN50, RN101, RN50x4, RN50x16, RN50x64, ViT-B/32, ViT-B/16, ViT-L/14, ViT-L/14@336px); a .pt
-(TorchScript or state dict), .bin or .safetensors file; a folder of transformers or of open_clip; or a converted
-checkpoint. DST must not exist: a file for openai, a folder for the other formats. Code in files is never executed.
+(TorchScript or state dict), .bin or .safetensors file; a folder of transformers or of open_clip; a name on the Hugging
+Face hub (ORG/NAME or hf-hub:ORG/NAME); or a converted checkpoint. DST must not exist: a file for openai, a folder for
+the other formats. Code in files is never executed.
 """
 
 import argparse
 from collections.abc import Sequence
 
+import installed  # noqa: F401  (first: it says what to do where the requirements are missing)
 from clip_jax import cli
 from clip_jax.errors import UserError
 from clip_jax.models.config import ACTIVATIONS
@@ -38,6 +41,12 @@ def main(argv: Sequence[str]) -> int:
     )
     parser.add_argument("--activation", choices=ACTIVATIONS, help="for a bare file of weights that does not say it")
     parser.add_argument(
+        "--model_config",
+        metavar="FILE",
+        help="for a bare file of weights that does not show what the model is: open_clip's model_configs/NAME.json, "
+        "which says the activation too",
+    )
+    parser.add_argument(
         "--download_root",
         metavar="DIR",
         help="where downloads are kept (default: $CLIP_JAX_CACHE or ~/.cache/clip_jax); $CLIP_JAX_MIRROR replaces "
@@ -47,7 +56,7 @@ def main(argv: Sequence[str]) -> int:
     source = locate(flags.source, flags.download_root)
     if flags.verify and source[0] == flags.to == "jax":
         raise UserError("--verify compares with PyTorch, but both SRC and DST are clip_jax checkpoints")
-    config, variables = load_variables(flags.source, download_root=flags.download_root, activation=flags.activation)
+    config, variables = load_variables(source[1], activation=flags.activation, model_config=flags.model_config)
     save(flags.target, config, variables, flags.to)
     print(f"{flags.source} -> {flags.target} ({flags.to})")
     return _verified(source, locate(flags.target)) if flags.verify else 0

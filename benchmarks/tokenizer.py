@@ -19,6 +19,7 @@ from importlib import metadata
 
 import ftfy
 
+from benchmarks.machine import cpu
 from clip_jax.processing import bpe
 
 Encode = Callable[[str], list[int]]
@@ -93,6 +94,7 @@ def main() -> None:
                 start = time.perf_counter()
                 ids[name] = [encode(text) for text in texts]
                 seconds[name, state].append(time.perf_counter() - start)
+    print(cpu())
     for name in makers:
         cold, warm = (len(texts) / statistics.median(seconds[name, state]) for state in ("cold", "warm"))
         different = sum(a != b for a, b in zip(ids[name], ids["openai-clip"], strict=True))

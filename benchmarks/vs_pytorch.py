@@ -10,8 +10,6 @@ medians over the rounds.
 
 import argparse
 import multiprocessing
-import os
-import platform
 import resource
 import statistics
 import sys
@@ -26,6 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 
+from benchmarks.machine import cpu
 from clip_jax.models import CLIP, OPENAI_MODELS, CLIPConfig, ResNetConfig
 from clip_jax.parallel import MeshConfig, make_partitioner
 from clip_jax.planner.topologies import GIB
@@ -49,6 +48,8 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true", help="also torch.compile (slow to start)")
     parser.add_argument("--output", type=Path, metavar="FILE.md")
     flags = parser.parse_args()
+    head = header(flags.compile)
+    print(head, end="", flush=True)
     rows = []
     for name in flags.models:
         for what, batch, ours, theirs in (
@@ -62,7 +63,7 @@ def main() -> None:
             rows += table_rows(name, what, batch, seconds, memory)
             print("\n".join(rows[-len(seconds) :]), flush=True)
     if flags.output:
-        flags.output.write_text(header() + "\n".join(rows) + "\n")
+        flags.output.write_text(head + "\n".join(rows) + "\n")
 
 
 def torch_variants(config: CLIPConfig, with_compile: bool) -> dict[str, dict[str, bool]]:
@@ -232,13 +233,12 @@ def table_rows(
     return rows
 
 
-def header() -> str:
+def header(with_compile: bool) -> str:
     """What was measured, and on what."""
-    cores = os.cpu_count()
-    machine = f"{platform.machine()}, {cores} cores, {torch.backends.cpu.get_cpu_capability()}"
+    command = "python -m benchmarks.vs_pytorch" + with_compile * " --compile"
     return (
-        "# Against OpenAI's PyTorch model\n\n`python -m benchmarks.vs_pytorch --compile`: "
-        f"float32, {machine}; jax {jax.__version__}, torch {torch.__version__}.\n\n"
+        f"# Against OpenAI's PyTorch model\n\n`{command}`: float32, jax {jax.__version__}, torch {torch.__version__}, "
+        f"on {cpu()}.\n\n"
         "| model | what | batch | contestant | examples/s | clip_jax is faster by | peak memory, GiB |\n"
         "|---|---|---:|---|---:|---:|---:|\n"
     )

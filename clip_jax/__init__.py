@@ -4,8 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from clip_jax.models import CLIP, CLIPConfig, Execution
-from clip_jax.processing import tokenize
-from clip_jax.processing.images import Preprocess
+from clip_jax.processing import Preprocess, tokenize
 from clip_jax.weights import available_models
 
 __all__ = ["CLIP", "CLIPConfig", "Preprocess", "available_models", "load", "tokenize"]
@@ -17,6 +16,7 @@ def load(
     dtype: str = "float32",
     download_root: str | Path | None = None,
     activation: str | None = None,
+    model_config: str | Path | None = None,
 ) -> tuple[CLIP, Any, Preprocess]:
     """A trained model: (model, variables, preprocess).
 
@@ -25,10 +25,12 @@ def load(
 
     Args:
       name_or_path: one of `available_models()`, which is downloaded; a `.pt`, `.bin` or `.safetensors` file; a folder
-        of transformers or of open_clip; or what convert_torch_weights.py wrote.
+        of transformers or of open_clip; a name on the Hugging Face hub, "ORG/NAME" or "hf-hub:ORG/NAME"; or what
+        convert_torch_weights.py wrote.
       dtype: what the model computes in, "float32" or "bfloat16"; its parameters are float32.
       download_root: where official files are kept, instead of $CLIP_JAX_CACHE or ~/.cache/clip_jax.
       activation: "quick_gelu" or "gelu", for a bare file of weights that does not say which.
+      model_config: one of open_clip's `model_configs/NAME.json`, for a bare file that does not show what the model is.
 
     Returns:
       The module, its variables on the default device, and the function from a PIL image to its input.
@@ -40,6 +42,8 @@ def load(
 
     from clip_jax.weights import load_variables
 
-    config, variables = load_variables(name_or_path, download_root=download_root, activation=activation)
-    preprocess = Preprocess(config.vision.image_resolution, config.image_mean, config.image_std)
-    return CLIP(config, Execution(dtype=dtype)), jax.tree.map(jax.numpy.asarray, variables), preprocess
+    config, variables = load_variables(
+        name_or_path, download_root=download_root, activation=activation, model_config=model_config
+    )
+    model = CLIP(config, Execution(dtype=dtype))
+    return model, jax.tree.map(jax.numpy.asarray, variables), Preprocess.from_config(config)

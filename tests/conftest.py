@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 import jax
+import pytest
 
 # Eight devices share few cores here: one that waits for the others is slow, not stuck, and must not end the process.
 os.environ["XLA_FLAGS"] = "--xla_cpu_collective_call_terminate_timeout_seconds=300"
@@ -18,3 +19,26 @@ jax.config.update("jax_default_matmul_precision", "highest")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+@pytest.fixture(scope="session")
+def data_dir(tmp_path_factory):
+    """One rendering of a small `shapes` data set for all tests."""
+    from clip_jax.data import shapes  # imports TFDS
+
+    directory = str(tmp_path_factory.mktemp("tfds"))
+    with pytest.MonkeyPatch.context() as patch:
+        few = {split: (labels, 4) for split, (labels, _) in shapes.SPLITS.items()}
+        patch.setattr(shapes, "SPLITS", few)
+        shapes.prepared_builder(directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def photos_dir(tmp_path_factory):
+    """The prepared data set `tiny_photos`."""
+    from tests.tiny_photos import TinyPhotos  # imports TFDS
+
+    directory = str(tmp_path_factory.mktemp("photos"))
+    TinyPhotos(data_dir=directory, file_format="array_record").download_and_prepare()
+    return directory

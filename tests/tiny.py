@@ -1,8 +1,11 @@
 """Small models and batches that several tests share."""
 
+from typing import Any
+
+import jax
 import numpy as np
 
-from clip_jax.models import CLIPConfig, ResNetConfig, TextConfig, VisionTransformerConfig
+from clip_jax.models import CLIPConfig, ResNetConfig, TextConfig, VisionTransformerConfig, variable_shapes
 
 TEXT = TextConfig(width=64, heads=4, mlp_width=256, layers=2, context_length=16, vocab_size=512)
 VIT = CLIPConfig(32, VisionTransformerConfig(32, 8, 64, 2, 4, 256), TEXT)
@@ -30,3 +33,11 @@ def tokens(config: CLIPConfig, batch: int, seed: int = 0) -> np.ndarray:
 def batch(config: CLIPConfig, size: int, seed: int = 0) -> dict[str, np.ndarray]:
     """What a train step takes."""
     return {"image": images(config, size, seed), "text": tokens(config, size, seed)}
+
+
+def variables(config: CLIPConfig, seed: int = 0) -> Any:
+    """float32 NumPy arrays of a model's shapes, positive so that they serve as variances too; nothing is compiled."""
+    generator = np.random.default_rng(seed)
+    return jax.tree.map(
+        lambda leaf: np.asarray(np.abs(generator.normal(0, 0.1, leaf.shape)), np.float32), variable_shapes(config)
+    )

@@ -21,6 +21,8 @@ _TEMPLATES = (
 class Digits:
     """The digits, as 32 × 32 images with captions. A fixed fifth of each class is the test split."""
 
+    class_names = CLASS_NAMES
+
     def __init__(self, split: str = "train"):
         if split not in ("train", "test"):
             raise UserError(f"digits has the splits train and test, got {split!r}")

@@ -11,9 +11,9 @@ class Example:
     """One image with what is known about it.
 
     Attributes:
-        image: The picture as stored, at any size.
-        captions: Texts that describe it; empty where the data set has only labels.
-        label: The number of its class, or None.
+      image: the picture as stored, at any size.
+      captions: texts that describe it; empty where the data set has only labels.
+      label: the number of its class, or None.
     """
 
     image: Image.Image
@@ -26,7 +26,7 @@ class Source(Protocol):
     """A finite data set with random access, safe to read from several threads at once.
 
     Attributes:
-        name: What messages call it.
+      name: what messages call it.
     """
 
     name: str
@@ -36,11 +36,22 @@ class Source(Protocol):
     def __getitem__(self, index: int) -> Example: ...
 
 
-class Cached:
-    """A source that keeps each example after its first reading, for data that fits into memory."""
+@runtime_checkable
+class LabelledSource(Source, Protocol):
+    """A source whose examples have labels.
 
-    def __init__(self, source: Source):
-        self.name = source.name
+    Attributes:
+      class_names: the names of the classes, in the order of the labels.
+    """
+
+    class_names: tuple[str, ...]
+
+
+class Cached:
+    """A labelled source that keeps each example after its first reading, for data that fits into memory."""
+
+    def __init__(self, source: LabelledSource):
+        self.name, self.class_names = source.name, source.class_names
         self._source = source
         self._examples: dict[int, Example] = {}
 

@@ -26,12 +26,12 @@ def sample_index(seed: int, position: Int64[np.ndarray, "n"], size: int) -> Int6
     the value falls below `size` (Black and Rogaway, 2002, "Ciphers with arbitrary finite domains").
 
     Args:
-        seed: Non-negative; another seed gives other permutations.
-        position: Non-negative positions, in any order.
-        size: The number of samples of an epoch.
+      seed: non-negative; another seed gives other permutations.
+      position: non-negative positions, in any order.
+      size: the number of samples of an epoch.
 
     Returns:
-        The indices, each in [0, size).
+      the indices, each in [0, size).
     """
     half_bits = max(1, math.ceil((size - 1).bit_length() / 2))
     epoch, start = np.divmod(position.astype(np.uint64), np.uint64(size))
@@ -52,15 +52,15 @@ def mixture_index(
     any number of consecutive positions each source has its share, give or take one or two samples.
 
     Args:
-        position: Non-negative positions in the mixture, in any order.
-        weights: The relative weight of each source, positive.
+      position: non-negative positions in the mixture, in any order.
+      weights: the relative weight of each source, positive.
 
     Returns:
-        The source numbers, in [0, len(weights)), and the positions inside those sources, which count up from
-        0 for each source.
+      the source numbers, in [0, len(weights)), and the positions inside those sources, which count up from
+      0 for each source.
 
     Raises:
-        UserError: For a weight that is not positive, or negligible beside the others.
+      UserError: for a weight that is not positive, or negligible beside the others.
     """
     source = np.full_like(position, len(weights) - 1)
     inside = position.copy()
@@ -80,8 +80,8 @@ def sample_generator(seed: int, position: int) -> np.random.Generator:
     """The random generator of one sample, for its crop and the choice of its caption.
 
     Args:
-        seed: The run's seed, in [0, 2**63).
-        position: The sample's position in the global order.
+      seed: the run's seed, in [0, 2**63).
+      position: the sample's position in the global order.
     """
     return np.random.Generator(np.random.Philox(key=seed << 64 | position))
 

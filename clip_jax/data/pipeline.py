@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import functools
 import itertools
+import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,8 +20,7 @@ from jaxtyping import Int32, Int64, UInt8
 from clip_jax.data.example import Example, Source
 from clip_jax.data.order import mixture_index, sample_generator, sample_index
 from clip_jax.errors import UserError
-from clip_jax.processing import tokenize
-from clip_jax.processing.images import Preprocess, random_square_crop
+from clip_jax.processing import Preprocess, Tokenizer
 
 Batch = dict[str, np.ndarray]
 
@@ -35,8 +35,8 @@ def train_batches(
     *,
     seed: int,
     batch_size: int,
-    image_resolution: int,
-    context_length: int = 77,
+    preprocess: Preprocess,
+    tokenizer: Tokenizer,
     start_step: int = 0,
     process_index: int = 0,
     process_count: int = 1,
@@ -44,27 +44,27 @@ def train_batches(
     """The batches of steps start_step, start_step + 1, … without end, this host's share of them.
 
     Args:
-        sources: The data sets to mix; each example needs a caption.
-        weights: Their relative weights.
-        seed: Fixes the order, the crops and the choice among several captions.
-        batch_size: Of all hosts together.
-        image_resolution: R, to which images are resized, then cropped at random (paper, section 2.3).
-        context_length: Tokens of a text; longer captions are truncated.
-        start_step: The step to begin with, when resuming.
-        process_index: This host.
-        process_count: The number of hosts; each takes an equal, contiguous share of every batch.
+      sources: the data sets to mix; each example needs a caption.
+      weights: their relative weights.
+      seed: fixes the order, the crops and the choice among several captions.
+      batch_size: of all hosts together.
+      preprocess: resizes the images, which are then cropped at random (paper, section 2.3).
+      tokenizer: the model's; longer captions are truncated.
+      start_step: the step to begin with, when resuming.
+      process_index: this host.
+      process_count: the number of hosts; each takes an equal, contiguous share of every batch.
 
     Returns:
-        An iterator of `image`, uint8 (batch_size / process_count, R, R, 3), and `text`, int32
-        (batch_size / process_count, context_length). Closing it ends its threads.
+      an iterator of `image`, uint8 (batch_size / process_count, R, R, 3), and `text`, int32
+      (batch_size / process_count, context_length). Closing it ends its threads.
 
     Raises:
-        UserError: `batch_size` does not divide by `process_count`; later, an example that cannot be read.
+      UserError: `batch_size` does not divide by `process_count`; later, an example that cannot be read.
     """
     local_size, remainder = divmod(batch_size, process_count)
     if remainder or not local_size:
         raise UserError(f"batch_size {batch_size} does not divide by the number of hosts, {process_count}")
-    reader = _TrainReader(tuple(sources), tuple(weights), seed, image_resolution, context_length)
+    reader = _TrainReader(tuple(sources), tuple(weights), seed, preprocess, tokenizer)
     first = np.int64(batch_size) * start_step + process_index * local_size
     shares = (np.arange(start, start + local_size) for start in itertools.count(first, batch_size))
     return _prefetched(reader.read, shares)
@@ -74,15 +74,15 @@ def evaluation_batches(source: Source, batch_size: int, preprocess: Preprocess) 
     """A data set once through, in its order, in batches of one size.
 
     Args:
-        source: The data set.
-        batch_size: The size of every batch; the last one is filled up.
-        preprocess: Resizes and crops the images as at inference.
+      source: the data set.
+      batch_size: the size of every batch; the last one is filled up.
+      preprocess: resizes and crops the images as at inference.
 
     Returns:
-        An iterator of `image`, uint8 (batch_size, R, R, 3), `label`, int32 (batch_size,), -1 where there is
-        none, and `mask`, bool (batch_size,), False for what fills up the last batch.
+      an iterator of `image`, uint8 (batch_size, R, R, 3), `label`, int32 (batch_size,), -1 where there is
+      none, and `mask`, bool (batch_size,), False for what fills up the last batch.
     """
-    indices = np.arange(-len(source) // batch_size * -batch_size)
+    indices = np.arange(math.ceil(len(source) / batch_size) * batch_size)
 
     def read(indices: np.ndarray) -> Batch:
         side = preprocess.image_resolution
@@ -105,8 +105,8 @@ class _TrainReader:
     sources: tuple[Source, ...]
     weights: tuple[float, ...]
     seed: int
-    image_resolution: int
-    context_length: int
+    preprocess: Preprocess
+    tokenizer: Tokenizer
 
     def read(self, positions: Int64[np.ndarray, "n"]) -> Batch:
         source_numbers, indices = self._locate(positions)
@@ -134,13 +134,13 @@ class _TrainReader:
         generator = sample_generator(self.seed, position)
         with _naming(source, index):
             example = source[index]
-            image = random_square_crop(example.image, self.image_resolution, generator)
-            return image, _tokens(_choose_caption(example, generator), self.context_length)
+            image = self.preprocess.resize_and_crop_randomly(example.image, generator)
+            return image, _tokens(self.tokenizer, _choose_caption(example, generator))
 
 
 @functools.lru_cache(_CACHED_TEXTS)
-def _tokens(text: str, context_length: int) -> Int32[np.ndarray, "context_length"]:
-    return tokenize([text], context_length, truncate=True)[0]
+def _tokens(tokenizer: Tokenizer, text: str) -> Int32[np.ndarray, "context_length"]:
+    return tokenizer([text], truncate=True)[0]
 
 
 def _choose_caption(example: Example, generator: np.random.Generator) -> str:
@@ -151,7 +151,7 @@ def _choose_caption(example: Example, generator: np.random.Generator) -> str:
 
 @contextlib.contextmanager
 def _naming(source: Source, index: int) -> Iterator[None]:
-    """Says which example an error comes from."""
+    """Say which example an error comes from."""
     try:
         yield
     except (UserError, OSError) as error:
@@ -162,7 +162,7 @@ def _naming(source: Source, index: int) -> Iterator[None]:
 
 
 def _prefetched(read: Callable[[np.ndarray], Batch], shares: Iterable[np.ndarray]) -> Iterator[Batch]:
-    """Applies `read` to each share, in chunks, on several threads, at most two batches ahead of the consumer."""
+    """Apply `read` to each share, in chunks, on several threads, at most two batches ahead of the consumer."""
     pool = ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="clip_jax-data")
     pending = collections.deque()
     try:

@@ -34,7 +34,14 @@ COLOURS = {
 }
 SHAPES = ("circle", "square", "triangle", "star", "cross", "heart", "ring", "crescent")
 PAIRS = tuple(itertools.product(COLOURS, SHAPES))
-CLASS_NAMES = tuple(f"{colour} {shape}" for colour, shape in PAIRS)
+
+
+def with_article(thing: str) -> str:
+    """ "an orange circle"."""
+    return ("an " if thing[0] in "aeiou" else "a ") + thing
+
+
+CLASS_NAMES = tuple(with_article(f"{colour} {shape}") for colour, shape in PAIRS)
 # A diagonal of the colour × shape table: each colour and each shape misses exactly one partner in training.
 HELD_OUT = tuple(8 * colour + (3 * colour + 2) % 8 for colour in range(8))
 SEEN = tuple(label for label in range(64) if label not in HELD_OUT)
@@ -77,7 +84,7 @@ def outline(shape: str) -> tuple[np.ndarray, np.ndarray | None]:
     """A shape as polygons of float (points, 2), within about the unit circle, y downwards.
 
     Returns:
-        The outer polygon, and the hole within it or None.
+      the outer polygon, and the hole within it or None.
     """
     turn = np.linspace(0, 2 * np.pi, 64, endpoint=False)
     circle = np.stack([np.sin(turn), -np.cos(turn)], axis=1)
@@ -109,13 +116,13 @@ def outline(shape: str) -> tuple[np.ndarray, np.ndarray | None]:
 
 
 def sample_scene(label: int, generator: np.random.Generator) -> Scene:
-    """Draws the attributes of a scene that shows pair `label`."""
+    """Draw the attributes of a scene that shows pair `label`."""
     options = (_SIZES, _COLUMNS, _ROWS, _BACKGROUNDS)
     return Scene(label, *(_pick(tuple(names), generator) for names in options))
 
 
 def render(scene: Scene, generator: np.random.Generator) -> UInt8[np.ndarray, "32 32 3"]:
-    """Paints a scene: a tinted, graded, noisy ground and the shape, antialiased and turned a little."""
+    """Paint a scene: a tinted, graded, noisy ground and the shape, antialiased and turned a little."""
     uniform = generator.uniform
     colour, shape = PAIRS[scene.label]
     diameter = uniform(*_SIZES[scene.size])
@@ -161,7 +168,7 @@ def _caption(scene: Scene, colour: str, shape: str, generator: np.random.Generat
 
     size = word(scene.size) if scene.size != "medium" and generator.random() < 0.2 else ""
     thing = " ".join(filter(None, (size, word(colour), word(shape))))
-    sentence = _pick(_FRAMES, generator).format(("an " if thing[0] in "aeiou" else "a ") + thing)
+    sentence = _pick(_FRAMES, generator).format(with_article(thing))
     if generator.random() < 0.2:
         sentence += f" {_place(scene, word)}"
     if generator.random() < 0.1:
@@ -183,7 +190,7 @@ def _pick(options: tuple[str, ...], generator: np.random.Generator) -> str:
 class Shapes(tfds.core.GeneratorBasedBuilder):
     """The TFDS builder: splits `train` and `validation` of the pairs seen in training, and `held_out`."""
 
-    VERSION = tfds.core.Version("1.3.0")  # to be raised with any change of pixels or captions
+    VERSION = tfds.core.Version("1.3.1")  # to be raised with any change of pixels, captions or class names
     url_infos = None  # nothing is downloaded, so there are no checksums to look for
 
     def _info(self) -> tfds.core.DatasetInfo:
@@ -216,10 +223,10 @@ def prepared_builder(data_dir: str) -> Shapes:
     """The builder with its data on disk, rendered on first use (seconds).
 
     Args:
-        data_dir: Where TFDS keeps its data sets; "" is TFDS's own default, which `TFDS_DATA_DIR` sets.
+      data_dir: where TFDS keeps its data sets; "" is TFDS's own default, which `TFDS_DATA_DIR` sets.
 
     Raises:
-        UserError: The directory cannot be written.
+      UserError: the directory cannot be written.
     """
     builder = Shapes(data_dir=data_dir or None, file_format="array_record")
     if builder.data_path.exists():

@@ -25,8 +25,8 @@ class TfdsSource:
     Fields with the usual names (image; captions, caption or text; label) are found without being named.
 
     Attributes:
-        name: The data set's full name and the split.
-        class_names: The names of the classes, empty where there is no label.
+      name: the data set's full name and the split.
+      class_names: the names of the classes, empty where there is no label.
     """
 
     def __init__(
@@ -62,14 +62,14 @@ class TfdsSource:
 
 
 def open_builder(name: str, data_dir: str) -> tfds.core.DatasetBuilder:
-    """Opens a data set that is already prepared, from its files alone.
+    """Open a data set that is already prepared, from its files alone.
 
     Args:
-        name: As TFDS spells it: `cifar10`, `coco_captions/2017`, `mnist:3.0.1`.
-        data_dir: Where TFDS keeps its data sets; "" is TFDS's own default, which `TFDS_DATA_DIR` sets.
+      name: as TFDS spells it: `cifar10`, `coco_captions/2017`, `mnist:3.0.1`.
+      data_dir: where TFDS keeps its data sets; "" is TFDS's own default, which `TFDS_DATA_DIR` sets.
 
     Raises:
-        UserError: There is no such data set; the message says how to prepare it.
+      UserError: there is no such data set; the message says how to prepare it.
     """
     try:
         return tfds.core.read_only_builder.builder_from_files(name, data_dir=data_dir or None)

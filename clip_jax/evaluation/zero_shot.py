@@ -1,26 +1,26 @@
 """Zero-shot classification: a classifier made of class names (paper section 3.1)."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import partial
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Num
 from tqdm import tqdm
 
 from clip_jax.data.pipeline import evaluation_batches
-from clip_jax.data.sources import EvaluationSet
-from clip_jax.evaluation.metrics import classification_metrics
-from clip_jax.evaluation.prompts import fill, templates_for
+from clip_jax.evaluation.datasets import EvaluationSet
+from clip_jax.evaluation.metrics import check_scores, classification_metrics
 from clip_jax.models import CLIP, normalize
 from clip_jax.parallel import Partitioner
-from clip_jax.processing import tokenize
-from clip_jax.processing.images import Preprocess
+from clip_jax.processing import Preprocess, Tokenizer, make_tokenizer
 
-BATCH_SIZE = 256
+BATCH_SIZE = 256  # over all devices
+Variables = Mapping[str, Any]
+Encode = Callable[[Variables, Num[np.ndarray, "n ..."]], Float[np.ndarray, "n embed_dim"]]
 
 
 @dataclass(frozen=True)
@@ -29,15 +29,16 @@ class ZeroShotResult:
 
     Attributes:
       dataset: what was classified.
-      templates: the prompts around its class names.
       scores: cosine similarities of images and classes.
       labels: the true classes.
     """
 
     dataset: EvaluationSet
-    templates: tuple[str, ...]
     scores: Float[np.ndarray, "n classes"]
     labels: Int[np.ndarray, "n"]
+
+    def __post_init__(self):
+        check_scores(self.scores, self.labels, self.dataset.name)
 
     @property
     def metrics(self) -> dict[str, float]:
@@ -47,86 +48,92 @@ class ZeroShotResult:
 
 @dataclass(frozen=True)
 class Encoders:
-    """A model's two encoders, jitted over a mesh; features come back normalised, as NumPy float32, on every host.
+    """A model's two towers over a mesh: arrays in, unit vectors out as NumPy float32 on every host.
 
-    Batches are filled up to one size, so that each encoder is compiled once.
+    Attributes:
+      preprocess: the model's image preprocessing.
+      tokenizer: of the model.
+      encode_images: (variables, uint8 images (n, R, R, 3)) -> features.
+      encode_tokens: (variables, int32 tokens (n, context_length)) -> features.
     """
 
-    model: CLIP
-    partitioner: Partitioner
-    _jitted: dict[str, Any] = field(default_factory=dict, init=False, repr=False)
+    preprocess: Preprocess
+    tokenizer: Tokenizer
+    encode_images: Encode
+    encode_tokens: Encode
 
-    @property
-    def preprocess(self) -> Preprocess:
-        """The model's image preprocessing."""
-        config = self.model.config
-        return Preprocess(config.vision.image_resolution, config.image_mean, config.image_std)
 
-    def images(self, variables: Mapping[str, Any], images: np.ndarray) -> Float[np.ndarray, "n embed_dim"]:
-        """Features of uint8 images (n, R, R, 3)."""
-        return self._run("images", self._encode_images, variables, images)
+def make_encoders(model: CLIP, partitioner: Partitioner) -> Encoders:
+    """The encoders of a model, each compiled once."""
+    config = model.config
+    preprocess = Preprocess.from_config(config)
 
-    def texts(self, variables: Mapping[str, Any], texts: Sequence[str]) -> Float[np.ndarray, "n embed_dim"]:
-        """Features of texts.
+    def encode_images(variables: Variables, images: Array) -> Array:
+        pixels = preprocess.normalize(images, model.execution.wide_dtype)
+        return normalize(model.apply(variables, pixels, method=model.encode_image))
 
-        Raises:
-          UserError: a text is longer than the model's context.
-        """
-        tokens = tokenize(list(texts), self.model.config.text.context_length)
-        return self._run("texts", self._encode_texts, variables, tokens)
+    def encode_tokens(variables: Variables, tokens: Array) -> Array:
+        return normalize(model.apply(variables, tokens, method=model.encode_text))
 
-    def _encode_images(self, variables: Any, images: Array) -> Array:
-        pixels = self.preprocess.normalize(images, self.model.execution.wide_dtype)
-        return normalize(self.model.apply(variables, pixels, method=self.model.encode_image))
+    return Encoders(
+        preprocess,
+        make_tokenizer(config.text),
+        _in_batches(encode_images, partitioner),
+        _in_batches(encode_tokens, partitioner),
+    )
 
-    def _encode_texts(self, variables: Any, tokens: Array) -> Array:
-        return normalize(self.model.apply(variables, tokens, method=self.model.encode_text))
 
-    def _run(self, name: str, encode: Any, variables: Any, inputs: np.ndarray) -> np.ndarray:
-        if name not in self._jitted:
-            self._jitted[name] = self.partitioner.jit(encode, out_shardings=self.partitioner.replicated)
-        shards = self.partitioner.batch_shards
-        size = -(-BATCH_SIZE // shards) * shards
+def _in_batches(encode: Callable[[Variables, Array], Array], partitioner: Partitioner) -> Encode:
+    """`encode`, jitted, for any number of rows: they are cut into batches, the last one filled up with zeros."""
+    jitted = partitioner.jit(encode, out_shardings=partitioner.replicated)
+    size = math.ceil(BATCH_SIZE / partitioner.batch_shards) * partitioner.batch_shards
+
+    def run(variables: Variables, rows: np.ndarray) -> np.ndarray:
         features = []
-        for start in range(0, len(inputs), size):
-            piece = inputs[start : start + size]
-            padded = np.zeros((size, *inputs.shape[1:]), inputs.dtype)
-            padded[: len(piece)] = piece
-            batch = jax.make_array_from_callback(padded.shape, self.partitioner.batch_sharding, partial(_rows, padded))
-            features.append(np.asarray(self._jitted[name](variables, batch))[: len(piece)])
+        for start in range(0, len(rows), size):
+            batch = np.zeros((size, *rows.shape[1:]), rows.dtype)
+            filled = len(rows[start : start + size])
+            batch[:filled] = rows[start : start + size]
+            on_devices = jax.make_array_from_callback(batch.shape, partitioner.batch_sharding, batch.__getitem__)
+            features.append(np.asarray(jitted(variables, on_devices))[:filled])
         return np.concatenate(features)
 
-
-def _rows(array: np.ndarray, index: tuple[slice, ...]) -> np.ndarray:
-    return array[index]
+    return run
 
 
 def zero_shot_classifier(
-    encoders: Encoders, variables: Mapping[str, Any], class_names: Sequence[str], templates: Sequence[str]
+    encoders: Encoders, variables: Variables, class_names: Sequence[str], templates: Sequence[str]
 ) -> Float[np.ndarray, "classes embed_dim"]:
-    """One unit vector a class: embed every prompt, normalise, average over the prompts, normalise again."""
-    prompts = [prompt for name in class_names for prompt in fill(templates, name)]
-    features = encoders.texts(variables, prompts).reshape(len(class_names), len(templates), -1)
-    return np.asarray(normalize(jnp.asarray(features.mean(axis=1))))
+    """One unit vector a class: embed every prompt, normalise, average over the prompts, normalise again.
+
+    Raises:
+      UserError: a prompt is longer than the model's context.
+    """
+    prompts = [template.format(name) for name in class_names for template in templates]
+    features = encoders.encode_tokens(variables, encoders.tokenizer(prompts))
+    means = features.reshape(len(class_names), len(templates), -1).mean(axis=1)
+    return np.asarray(normalize(jnp.asarray(means)))
 
 
 def zero_shot(
-    encoders: Encoders, variables: Mapping[str, Any], dataset: EvaluationSet, progress: bool = True
+    encoders: Encoders, variables: Variables, dataset: EvaluationSet, progress: bool = True
 ) -> ZeroShotResult:
     """Classify every image of `dataset` among its classes.
 
     Args:
       encoders: of the model.
       variables: its weights.
-      dataset: labelled images and class names.
+      dataset: labelled images, class names and templates.
       progress: show a bar.
+
+    Raises:
+      UserError: a prompt that does not fit, an image that cannot be read, a missing label, scores that are not finite.
     """
-    templates = templates_for(dataset.name)
-    classifier = zero_shot_classifier(encoders, variables, dataset.class_names, templates)
+    classifier = zero_shot_classifier(encoders, variables, dataset.class_names, dataset.templates)
     scores, labels = [], []
     batches = evaluation_batches(dataset.source, BATCH_SIZE, encoders.preprocess)
-    total = -(-len(dataset.source) // BATCH_SIZE)
+    total = math.ceil(len(dataset.source) / BATCH_SIZE)
     for batch in tqdm(batches, desc=dataset.name, total=total, unit="batch", disable=not progress):
-        scores.append((encoders.images(variables, batch["image"]) @ classifier.T)[batch["mask"]])
+        scores.append((encoders.encode_images(variables, batch["image"]) @ classifier.T)[batch["mask"]])
         labels.append(batch["label"][batch["mask"]])
-    return ZeroShotResult(dataset, templates, np.concatenate(scores), np.concatenate(labels))
+    return ZeroShotResult(dataset, np.concatenate(scores), np.concatenate(labels))

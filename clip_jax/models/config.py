@@ -4,17 +4,21 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 
+from clip_jax import options
 from clip_jax.errors import UserError
+from clip_jax.options import option
 from clip_jax.precision import wide_dtype
 
 ACTIVATIONS = ("quick_gelu", "gelu")
 REMAT_POLICIES = ("none", "full", "dots", "attention")
 ATTENTION_IMPLEMENTATIONS = ("xla", "cudnn")
+INTERPOLATIONS = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")  # in the order of Pillow's numbers
+RESIZES = ("shortest", "squash")
 
 # Larger numbers come from damaged files, and are refused before anything of that size is built.
 LARGEST_SIZE = 2**20
@@ -27,14 +31,16 @@ OPENAI_IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
 
 @dataclass(frozen=True)
 class VisionTransformerConfig:
-    """The ViT image tower. Sizes in pixels (image_resolution, patch_size) or features."""
+    """The ViT image tower."""
 
-    image_resolution: int
-    patch_size: int
-    width: int
-    layers: int
-    heads: int
-    mlp_width: int
+    TYPE: ClassVar[str] = "vit"
+
+    image_resolution: int = option(help="side of its square images, pixels")
+    patch_size: int = option(help="side of a patch, pixels")
+    width: int = option(help="features of a token")
+    layers: int = option(help="number of blocks")
+    heads: int = option(help="attention heads")
+    mlp_width: int = option(help="hidden features of an MLP")
 
     def __post_init__(self):
         _check_positive(self)
@@ -43,18 +49,20 @@ class VisionTransformerConfig:
 
     @property
     def tokens(self) -> int:
-        """Sequence length: one token a patch, and the class token."""
+        """Sequence length: one token per patch, and the class token."""
         return (self.image_resolution // self.patch_size) ** 2 + 1
 
 
 @dataclass(frozen=True)
 class ResNetConfig:
-    """The ModifiedResNet image tower; `layers` are the blocks of its four stages, `heads` those of attnpool."""
+    """The ModifiedResNet image tower."""
 
-    image_resolution: int
-    width: int
-    layers: tuple[int, int, int, int]
-    heads: int
+    TYPE: ClassVar[str] = "resnet"
+
+    image_resolution: int = option(help="side of its square images, pixels")
+    width: int = option(help="channels of the first stage; the last has 32 times as many")
+    layers: tuple[int, int, int, int] = option(help="blocks of each stage")
+    heads: int = option(help="heads of the attention pool")
 
     def __post_init__(self):
         object.__setattr__(self, "layers", tuple(self.layers))
@@ -72,42 +80,50 @@ class ResNetConfig:
 
     @property
     def tokens(self) -> int:
-        """Sequence length of the attention pool: one token a cell of the last feature map, and their mean."""
+        """Sequence length of the attention pool: one token per cell of the last feature map, and their mean."""
         return (self.image_resolution // 32) ** 2 + 1
 
 
 @dataclass(frozen=True)
 class TextConfig:
-    """The causal text Transformer."""
+    """The causal text Transformer, and the tokenizer that it was trained with."""
 
-    width: int
-    heads: int
-    mlp_width: int
-    layers: int = 12
-    context_length: int = 77
-    vocab_size: int = 49408
+    width: int = option(help="features of a token")
+    heads: int = option(help="attention heads")
+    mlp_width: int = option(help="hidden features of an MLP")
+    layers: int = option(12, "number of blocks")
+    context_length: int = option(77, "tokens of a text, start and end included")
+    vocab_size: int = option(49408, "rows of the token embedding")
+    tokenizer: str = option("openai", "openai; with another kind only token ids can be encoded")
+    lowercase: bool = option(True, "whether the tokenizer lower-cases texts first, as OpenAI's does")
 
     def __post_init__(self):
         _check_positive(self)
         _check_divides("text width", self.width, "text heads", self.heads)
+        if not isinstance(self.tokenizer, str) or not isinstance(self.lowercase, bool):
+            raise UserError(
+                f"tokenizer must be a name and lowercase true or false, got {self.tokenizer!r} and {self.lowercase!r}"
+            )
 
 
 @dataclass(frozen=True)
 class CLIPConfig:
     """Everything that decides what a CLIP model computes; it travels with the weights.
 
-    The activation and the pixel statistics belong to it, because weights trained with one and run with another
-    lose accuracy without any error. `logit_bias` says that the logits have a learned bias, as the sigmoid loss of
-    SigLIP wants it (arXiv 2303.15343); OpenAI's models have none.
+    The activation and the image processing belong to it, because weights trained with one and run with another
+    lose accuracy without any error.
     """
 
-    embed_dim: int
-    vision: VisionTransformerConfig | ResNetConfig
-    text: TextConfig
-    activation: str = "quick_gelu"
-    logit_bias: bool = False
-    image_mean: tuple[float, float, float] = OPENAI_IMAGE_MEAN
-    image_std: tuple[float, float, float] = OPENAI_IMAGE_STD
+    embed_dim: int = option(help="features of both towers, which are compared")
+    vision: VisionTransformerConfig | ResNetConfig = option(help="the image tower")
+    text: TextConfig = option(help="the text tower")
+    activation: str = option("quick_gelu", f"of the MLPs: {' or '.join(ACTIVATIONS)}")
+    logit_bias: bool = option(False, "whether logits have a learned bias, as SigLIP's loss wants it (arXiv 2303.15343)")
+    image_mean: tuple[float, float, float] = option(OPENAI_IMAGE_MEAN, "per channel, subtracted from pixels in [0, 1]")
+    image_std: tuple[float, float, float] = option(OPENAI_IMAGE_STD, "per channel, by which they are divided then")
+    image_interpolation: str = option("bicubic", f"how images are resized: {', '.join(INTERPOLATIONS)}")
+    image_resize: str = option("shortest", "their shortest side, or squash: both; then the centre square is taken")
+    image_resize_to: int = option(0, "length that these sides get, pixels; 0 for the side of the square")
 
     def __post_init__(self):
         object.__setattr__(self, "image_mean", tuple(self.image_mean))
@@ -116,16 +132,25 @@ class CLIPConfig:
         for name in ("image_mean", "image_std"):
             values = getattr(self, name)
             if len(values) != 3 or not all(isinstance(value, int | float) for value in values):
-                raise UserError(f"{name} must be three numbers, one a colour, got {values!r}")
+                raise UserError(f"{name} must be three numbers, one per colour, got {values!r}")
         if not min(self.image_std) > 0:
             raise UserError(f"image_std must be above 0, got {self.image_std!r}")
         _check_choice("activation", self.activation, ACTIVATIONS)
+        _check_choice("image_interpolation", self.image_interpolation, INTERPOLATIONS)
+        _check_choice("image_resize", self.image_resize, RESIZES)
+        if self.image_resize_to != 0:
+            _check_size("image_resize_to", self.image_resize_to, self.image_resize_to, LARGEST_SIZE)
+            if self.image_resize_to < self.vision.image_resolution:
+                raise UserError(
+                    f"image_resize_to must be 0 or at least the image_resolution, {self.vision.image_resolution}, "
+                    f"got {self.image_resize_to}"
+                )
+            if self.image_resize_to == self.vision.image_resolution:
+                object.__setattr__(self, "image_resize_to", 0)
 
     def to_dict(self) -> dict[str, Any]:
         """The configuration as plain JSON-able values; `from_dict` is its inverse."""
-        values = dataclasses.asdict(self)
-        values["vision"]["type"] = "resnet" if isinstance(self.vision, ResNetConfig) else "vit"
-        return values
+        return options.to_dict(self)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "CLIPConfig":
@@ -134,37 +159,42 @@ class CLIPConfig:
         Raises:
           UserError: a field is missing, unknown or has an impossible value.
         """
-        try:
-            vision = _tuples(values["vision"])
-            kind = vision.pop("type")
-            vision_class = {"vit": VisionTransformerConfig, "resnet": ResNetConfig}[kind]
-            others = {k: v for k, v in _tuples(values).items() if k not in ("vision", "text")}
-            return cls(vision=vision_class(**vision), text=TextConfig(**values["text"]), **others)
-        except (KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"not a CLIP configuration: {error}") from error
+        return options.from_dict(cls, values, "the model's configuration")
+
+    @classmethod
+    def named(cls, name: str) -> "CLIPConfig":
+        """One of OpenAI's models.
+
+        Raises:
+          UserError: there is none of that name.
+        """
+        if name not in OPENAI_MODELS:
+            raise UserError(f"unknown model {name!r}; expected its fields, or one of {', '.join(OPENAI_MODELS)}")
+        return OPENAI_MODELS[name]
 
 
 @dataclass(frozen=True)
 class Execution:
-    """How a model runs; none of this changes its parameters, and only `dtype` changes its numbers noticeably.
+    """How a model runs; none of this changes its parameters, and only `dtype` changes its numbers noticeably."""
 
-    Attributes:
-      dtype: the compute type: "float32", "bfloat16", or "float64" for proofs (under `jax_enable_x64`, with parameters
-        converted to it). LayerNorm and BatchNorm statistics, softmax, L2 norms, logits and losses are at least float32.
-      remat: what the backward pass recomputes: "none" keeps all activations; "full" keeps only the input of each
-        iteration of the layer loop (of each block in a ResNet); "dots" keeps the matrix products with weights;
-        "attention" recomputes the attention alone.
-      unroll: how many Transformer blocks one iteration of the layer loop holds, at most: a divisor of the layers.
-      attention: "xla" everywhere; "cudnn" (fused) on NVIDIA GPUs in bfloat16.
-      block_tokens: how many tokens (whole examples) a Transformer block works on at a time on each device; 0 for all.
-        A few thousand keep a TPU's intermediate values in its fast memory.
-    """
-
-    dtype: str = "float32"
-    remat: str = "none"
-    unroll: int = 1
-    attention: str = "xla"
-    block_tokens: int = 0
+    dtype: str = option(
+        "float32",
+        "compute type: float32 or bfloat16, while parameters, statistics and losses stay float32; float64 for proofs",
+    )
+    remat: str = option(
+        "none",
+        "what the backward pass recomputes: none; attention; dots: all but products with weights; full: all but the "
+        "input of each iteration of the layer loop, or of each ResNet block",
+        may_change=True,
+    )
+    unroll: int = option(1, "Transformer blocks in one iteration of the layer loop, at most", may_change=True)
+    attention: str = option("xla", "xla, or cudnn (fused; NVIDIA GPUs in bfloat16)", may_change=True)
+    block_tokens: int = option(
+        0,
+        "tokens (whole examples) that a block works on at a time per device; 0 for all; a few thousand stay in a TPU's "
+        "fast memory",
+        may_change=True,
+    )
 
     def __post_init__(self):
         _check_choice("dtype", self.dtype, ("float32", "bfloat16", "float64"))
@@ -195,13 +225,10 @@ class Execution:
         return wide_dtype(self.dtype)
 
 
-def _tuples(values: Mapping[str, Any]) -> dict[str, Any]:
-    """JSON has no tuples: lists become them."""
-    return {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
-
-
 def _check_positive(config: Any) -> None:
     for field in dataclasses.fields(config):
+        if field.type in (str, bool):
+            continue
         value = getattr(config, field.name)
         largest = MOST_LAYERS if field.name == "layers" else LARGEST_SIZE
         for number in value if isinstance(value, tuple) else (value,):

@@ -45,38 +45,41 @@ class Vocabulary(NamedTuple):
     """The tables of the tokenizer.
 
     Attributes:
-        byte_ids: 256 bytes; entry b is the id of byte b inside a word (at a word's end: that id plus 256).
-        merges: (left id, right id) -> id of the merged pair; the smallest id is merged first.
-        pieces: the bytes of each id, with a literal `</w>` at the end of a word.
+      byte_ids: 256 bytes; entry b is the id of byte b inside a word (at a word's end: that id plus 256).
+      merges: (left id, right id) -> id of the merged pair; the smallest id is merged first.
+      pieces: the bytes of each id, with a literal `</w>` at the end of a word.
+      names: the same as the vocabulary file spells it, a visible character for each byte.
     """
 
     byte_ids: bytes
     merges: dict[tuple[int, int], int]
     pieces: list[bytes]
+    names: list[str]
 
 
 def tokenize(
-    texts: str | Iterable[str], context_length: int = 77, truncate: bool = False
+    texts: str | Iterable[str], context_length: int = 77, truncate: bool = False, lowercase: bool = True
 ) -> Int32[np.ndarray, "batch context_length"]:
-    """Turns texts into the input of the text tower, as OpenAI's `clip.tokenize` does.
+    """Make the text tower's input of texts, as OpenAI's `clip.tokenize` does.
 
     Args:
-        texts: one text or several.
-        context_length: the number of tokens of a row, start and end of text included; all CLIP models use 77.
-        truncate: cut texts that do not fit, keeping the end-of-text token last, instead of raising.
+      texts: one text or several.
+      context_length: the number of tokens of a row, start and end of text included; OpenAI's models use 77.
+      truncate: cut texts that do not fit, keeping the end-of-text token last, instead of raising.
+      lowercase: as in `encode`.
 
     Returns:
-        int32, one row per text: start of text, the text's ids, end of text, then zeros.
+      int32, one row per text: start of text, the text's ids, end of text, then zeros.
 
     Raises:
-        UserError: a text does not fit and `truncate` is false, or no text can fit into `context_length`.
+      UserError: a text does not fit and `truncate` is false, or no text can fit into `context_length`.
     """
     if context_length < 2:
         raise UserError(f"expected a context_length of at least 2 (start and end), got {context_length}")
     texts = [texts] if isinstance(texts, str) else list(texts)
     tokens = np.zeros((len(texts), context_length), np.int32)
     for row, text in zip(tokens, texts, strict=True):
-        ids = [START_OF_TEXT, *encode(text), END_OF_TEXT]
+        ids = [START_OF_TEXT, *encode(text, lowercase), END_OF_TEXT]
         if len(ids) > context_length:
             if not truncate:
                 shown = text if len(text) <= 60 else text[:60] + "..."
@@ -89,19 +92,23 @@ def tokenize(
     return tokens
 
 
-def encode(text: str) -> list[int]:
-    """Returns the ids of a text, cleaned, without start and end of text (`SimpleTokenizer.encode`)."""
+def encode(text: str, lowercase: bool = True) -> list[int]:
+    """The ids of a text, cleaned, without start and end of text (`SimpleTokenizer.encode`).
+
+    Without `lowercase`, letters keep their case (open_clip's `clean="whitespace"`).
+    """
+    text = _clean(text).lower() if lowercase else _clean(text)
     ids = []
-    for chunk in _clean(text).split(" "):  # no word of the pattern reaches over a space
+    for chunk in text.split(" "):  # no word of the pattern reaches over a space
         ids += _cached_chunk_ids(chunk) if len(chunk) <= _CACHED_CHUNK_LENGTH else _chunk_ids(chunk)
     return ids
 
 
 def decode(ids: Iterable[SupportsIndex]) -> str:
-    """Returns the text of some ids, a space after each word, special tokens spelt (`SimpleTokenizer.decode`).
+    """The text of some ids, a space after each word, special tokens spelt (`SimpleTokenizer.decode`).
 
     Raises:
-        UserError: an id is outside the vocabulary.
+      UserError: an id is outside the vocabulary.
     """
     ids = list(ids)
     if unknown := [i for i in ids if not 0 <= i < VOCAB_SIZE]:
@@ -113,10 +120,10 @@ def decode(ids: Iterable[SupportsIndex]) -> str:
 
 @cache
 def vocabulary() -> Vocabulary:
-    """Reads the vocabulary file of the installed `openai-clip` package, once.
+    """The vocabulary file of the installed `openai-clip` package, read once.
 
     Raises:
-        UserError: the package or its file is missing, or the file is not OpenAI's.
+      UserError: the package or its file is missing, or the file is not OpenAI's.
     """
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     rest = [byte for byte in range(256) if byte not in printable]
@@ -132,7 +139,7 @@ def vocabulary() -> Vocabulary:
         merges[pair] = ids[left + right] = len(pieces)
         pieces.append(pieces[pair[0]] + pieces[pair[1]])
     pieces += [name.encode() for name in _SPECIAL]
-    return Vocabulary(bytes(by_id.index(byte) for byte in range(256)), merges, pieces)
+    return Vocabulary(bytes(by_id.index(byte) for byte in range(256)), merges, pieces, [*ids, *_SPECIAL])
 
 
 def _vocabulary_file() -> bytes:
@@ -153,8 +160,8 @@ def _vocabulary_file() -> bytes:
 def _clean(text: str) -> str:
     # The reference also collapses whitespace, which is invisible in the result: no word of the pattern holds any.
     if text.isascii() and text.isprintable() and "&" not in text:
-        return text.lower()  # nothing in it that ftfy or unescape would change
-    return html.unescape(html.unescape(ftfy.fix_text(text))).lower()
+        return text  # nothing in it that ftfy or unescape would change
+    return html.unescape(html.unescape(ftfy.fix_text(text)))
 
 
 def _chunk_ids(chunk: str) -> list[int]:
@@ -168,11 +175,11 @@ _cached_chunk_ids = lru_cache(_CACHED_CHUNKS)(_chunk_ids)
 
 
 def _word_ids(word: str) -> list[int]:
-    """Merges the bytes of a word, best pair first and leftmost first, in O(n log n).
+    """Merge the bytes of a word, best pair first and leftmost first, in O(n log n).
 
     Each merged id comes from one pair only and is greater than both ids of the pair: queue order is final.
     """
-    byte_ids, merges, _ = vocabulary()
+    byte_ids, merges, *_ = vocabulary()
     ids = [*word.encode().translate(byte_ids), -1]  # -1 is in no pair: the end, later also what merged away
     end = len(ids) - 1
     ids[end - 1] += 256

@@ -2,7 +2,8 @@
 
 That pipeline is torchvision's Resize (bicubic), CenterCrop, conversion to RGB, ToTensor and Normalize, in this
 order: a palette or transparent image is resized in its own mode. The arithmetic of all five is repeated here.
-The orientation that EXIF data asks for is not applied, because theirs does not either.
+The orientation that EXIF data asks for is not applied, because theirs does not either. Models of others differ in how
+they resize; what they have is in their `CLIPConfig`.
 """
 
 import io
@@ -15,6 +16,7 @@ from numpy.typing import DTypeLike
 from PIL import Image
 
 from clip_jax.errors import UserError
+from clip_jax.models.config import OPENAI_IMAGE_MEAN, OPENAI_IMAGE_STD, CLIPConfig
 
 # Pillow's own limit for images that are surely not a decompression bomb: 256 MiB as RGB.
 MAX_PIXELS = 2**28 // 3
@@ -28,28 +30,62 @@ class Preprocess:
     """A model's image preprocessing (OpenAI's `_transform` in `clip/clip.py`).
 
     Attributes:
-        image_resolution: side of the square that the model reads, in pixels.
-        mean: per channel, subtracted from values in [0, 1].
-        std: per channel, divided by.
+      image_resolution: side of the square that the model reads, in pixels.
+      mean: per channel, subtracted from values in [0, 1].
+      std: per channel, divided by.
+      interpolation: Pillow's name of a filter, in lower case.
+      resize: "shortest" resizes the shorter side, "squash" both sides.
+      resize_to: the length that these sides get; 0 for `image_resolution`.
     """
 
     image_resolution: int
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
+    mean: tuple[float, float, float] = OPENAI_IMAGE_MEAN
+    std: tuple[float, float, float] = OPENAI_IMAGE_STD
+    interpolation: str = "bicubic"
+    resize: str = "shortest"
+    resize_to: int = 0
+
+    @classmethod
+    def from_config(cls, config: CLIPConfig) -> "Preprocess":
+        """The preprocessing that a model was trained with."""
+        return cls(
+            config.vision.image_resolution,
+            config.image_mean,
+            config.image_std,
+            config.image_interpolation,
+            config.image_resize,
+            config.image_resize_to,
+        )
 
     def __call__(self, image: Image.Image) -> Float32[np.ndarray, "resolution resolution 3"]:
         """Returns the input of the image tower for one image."""
         return self.normalize(self.resize_and_crop(image))
 
     def resize_and_crop(self, image: Image.Image) -> UInt8[np.ndarray, "resolution resolution 3"]:
-        """Resizes the shorter side to `image_resolution` and takes the centre.
+        """Resize the image and take the centre.
 
         Raises:
-            UserError: the image is empty, too elongated or of a mode that has no RGB equivalent.
+          UserError: the image is empty, too elongated or of a mode that has no RGB equivalent.
         """
-        resized = _resize_shorter_side(image, self.image_resolution)
+        resized = self._resized(image)
         # round() is half to even, as in torchvision. Nothing is ever padded: no side is shorter than the crop.
         left, top = (round((side - self.image_resolution) / 2) for side in resized.size)
+        return _crop(resized, left, top, self.image_resolution)
+
+    def resize_and_crop_randomly(
+        self, image: Image.Image, rng: np.random.Generator
+    ) -> UInt8[np.ndarray, "resolution resolution 3"]:
+        """Resize the image and take a random square: CLIP's only augmentation (section 2.3 of the paper).
+
+        Args:
+          image: of any size and mode.
+          rng: draws the place, evenly.
+
+        Raises:
+          UserError: as `resize_and_crop`.
+        """
+        resized = self._resized(image)
+        left, top = (int(rng.integers(side - self.image_resolution + 1)) for side in resized.size)
         return _crop(resized, left, top, self.image_resolution)
 
     def normalize(
@@ -64,39 +100,34 @@ class Preprocess:
         mean, std = (np.asarray(values, dtype).reshape(channels) for values in (self.mean, self.std))
         return (images.astype(dtype) / 255 - mean) / std
 
-
-def random_square_crop(
-    image: Image.Image, image_resolution: int, rng: np.random.Generator
-) -> UInt8[np.ndarray, "resolution resolution 3"]:
-    """Resizes the shorter side and takes a random square: CLIP's only augmentation (section 2.3 of the paper).
-
-    Args:
-        image: of any size and mode.
-        image_resolution: side of the square.
-        rng: draws the place, evenly.
-
-    Raises:
-        UserError: as `Preprocess.resize_and_crop`.
-    """
-    resized = _resize_shorter_side(image, image_resolution)
-    left, top = (int(rng.integers(side - image_resolution + 1)) for side in resized.size)
-    return _crop(resized, left, top, image_resolution)
+    def _resized(self, image: Image.Image) -> Image.Image:
+        shorter = min(image.size)
+        if shorter < 1:
+            raise UserError(f"expected an image with pixels, got one of {image.width} x {image.height}")
+        side = self.resize_to or self.image_resolution
+        width, height = (side if self.resize == "squash" else int(side * old / shorter) for old in image.size)
+        if width * height > MAX_PIXELS:
+            raise UserError(
+                f"expected an image less elongated than {image.width} x {image.height}, which is {width} x {height} "
+                f"when its shorter side is resized, over {MAX_PIXELS} pixels: crop it or leave it out"
+            )
+        return image.resize((width, height), Image.Resampling[self.interpolation.upper()])
 
 
 def open_image(source: str | os.PathLike[str] | bytes) -> Image.Image:
-    """Opens and decodes an image that nobody vouches for.
+    """Open and decode an image that nobody vouches for.
 
     The size is read from the header, and refused before anything is decoded. Of an animation, the first frame
     counts. EXIF orientation is not applied, as in OpenAI's pipeline.
 
     Args:
-        source: a path, or the content of a file.
+      source: a path, or the content of a file.
 
     Returns:
-        The decoded image, in the file's own mode.
+      The decoded image, in the file's own mode.
 
     Raises:
-        UserError: the file is missing, truncated, corrupt, of none of `FORMATS` or over `MAX_PIXELS` pixels.
+      UserError: the file is missing, truncated, corrupt, of none of `FORMATS` or over `MAX_PIXELS` pixels.
     """
     name = "image bytes" if isinstance(source, bytes) else os.fspath(source)
     too_large = f"{name}: expected an image of at most {MAX_PIXELS} pixels, got {{}}: resize it or leave it out"
@@ -113,20 +144,6 @@ def open_image(source: str | os.PathLike[str] | bytes) -> Image.Image:
     except Exception as error:  # a decoder fails on corrupt data in whatever way it likes
         expected = f"expected a readable image ({', '.join(FORMATS)})"
         raise UserError(f"{name}: {expected}, got {type(error).__name__}: {error}: mend or remove it") from error
-
-
-def _resize_shorter_side(image: Image.Image, resolution: int) -> Image.Image:
-    shorter, longer = sorted(image.size)
-    if shorter < 1:
-        raise UserError(f"expected an image with pixels, got one of {image.width} x {image.height}")
-    resized = int(resolution * longer / shorter)
-    if resolution * resized > MAX_PIXELS:
-        raise UserError(
-            f"expected an image less elongated than {image.width} x {image.height}, which is {resolution} x "
-            f"{resized} when its shorter side is resized, over {MAX_PIXELS} pixels: crop it or leave it out"
-        )
-    size = (resolution, resized) if image.width <= image.height else (resized, resolution)
-    return image.resize(size, Image.Resampling.BICUBIC)
 
 
 def _crop(image: Image.Image, left: int, top: int, side: int) -> UInt8[np.ndarray, "side side 3"]:

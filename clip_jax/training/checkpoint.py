@@ -1,29 +1,38 @@
-"""Checkpoints of a run: Orbax under WORKDIR/checkpoints, the resolved configuration in WORKDIR/config.json."""
+"""Checkpoints of a run: model folders under WORKDIR/checkpoints with the optimizer's state beside the model, and the
+resolved configuration in WORKDIR/config.json.
+"""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
+from clip_jax import model_folder
+from clip_jax.digests import digests
 from clip_jax.errors import UserError
+from clip_jax.model_folder import CHECKPOINTS, RUN_CONFIG, VARIABLES, absolute
+from clip_jax.models import CLIPConfig
 from clip_jax.training.state import TrainState
 
-CONFIG_FILE = "config.json"
-CHECKPOINTS = "checkpoints"
+OPT_STATE = "opt_state"
 KEEP = 3
 
 
 class Checkpoints:
-    """The checkpoints of one workdir. Saving is asynchronous; `close` waits for what is under way.
+    """The checkpoints of one workdir: the newest few, and the best of those that were evaluated.
 
-    The model's variables and the optimizer's state are separate items, so that evaluation reads only the first.
+    Saving is asynchronous; `close` waits for what is under way.
     """
 
-    def __init__(self, workdir: str | epath.PathLike):
-        self._manager = _manager(workdir, max_to_keep=KEEP)
+    def __init__(self, workdir: epath.PathLike, config: CLIPConfig):
+        self._folder, self._config = absolute(workdir) / CHECKPOINTS, config
+        options = ocp.CheckpointManagerOptions(preservation_policy=_NewestAndBest(absolute(workdir)))
+        handlers = {**model_folder.handlers(), OPT_STATE: ocp.StandardCheckpointHandler()}
+        self._manager = ocp.CheckpointManager(self._folder, item_handlers=handlers, options=options)
 
     def latest_step(self) -> int | None:
         """The newest complete checkpoint's step; None if there is none."""
@@ -33,30 +42,39 @@ class Checkpoints:
         """Write `state` as the checkpoint of `step`, unless it is there already."""
         if step == self.latest_step():
             return
-        items = ocp.args.Composite(
-            variables=ocp.args.StandardSave(state.variables), opt_state=ocp.args.StandardSave(state.opt_state)
-        )
+        model = model_folder.items(self._config, state.variables, digests(state.variables))
+        items = ocp.args.Composite(**model, **{OPT_STATE: ocp.args.StandardSave(state.opt_state)})
         self._manager.save(step, args=items)
 
     def restore(self, like: TrainState) -> TrainState:
         """The newest checkpoint, with the shardings of `like` (whatever devices it was written from).
 
         Raises:
-          UserError: the checkpoint is of another model.
+          UserError: the checkpoint is of another model, or damaged.
         """
         step = self.latest_step()
-        check_shapes(self._manager.item_metadata(step)["variables"], like.variables, f"step {step}")
-        items = ocp.args.Composite(
-            variables=ocp.args.StandardRestore(like.variables),
-            opt_state=ocp.args.StandardRestore(like.opt_state),
-        )
-        restored = self._manager.restore(step, args=items)
-        variables = restored["variables"]
+        folder = self._folder / str(step)
+        try:
+            _check_shapes(self._manager.item_metadata(step)[VARIABLES], like.variables, folder)
+            items = {
+                VARIABLES: ocp.args.PyTreeRestore(
+                    like.variables, restore_args=ocp.checkpoint_utils.construct_restore_args(like.variables)
+                ),
+                OPT_STATE: ocp.args.StandardRestore(like.opt_state),
+            }
+            restored = self._manager.restore(step, args=ocp.args.Composite(**items))
+        except UserError:
+            raise
+        except Exception as error:
+            # Orbax and TensorStore raise many types for missing, cut and altered files.
+            raise UserError(model_folder.damage(folder, error)) from error
+        variables = restored[VARIABLES]
+        model_folder.check_digests(folder, variables)
         return TrainState(
             step=jax.device_put(jax.numpy.asarray(step, jax.numpy.int32), like.step.sharding),
             params=variables["params"],
             batch_stats=variables.get("batch_stats", {}),
-            opt_state=restored["opt_state"],
+            opt_state=restored[OPT_STATE],
         )
 
     def close(self) -> None:
@@ -64,36 +82,20 @@ class Checkpoints:
         self._manager.close()
 
 
-def restore_variables(workdir: str | epath.PathLike, like: Any) -> tuple[int, Any]:
-    """(step, variables) of the newest checkpoint of a workdir, with the shapes and shardings of `like`.
+@dataclass(frozen=True)
+class _NewestAndBest:
+    """Orbax's question which checkpoints to keep, answered from the workdir's metrics."""
 
-    Raises:
-      UserError: there is no checkpoint, or it is of another model.
-    """
-    if not (_absolute(workdir) / CHECKPOINTS).is_dir():
-        raise UserError(f"{workdir} holds no checkpoints; give the --workdir of a training run")
-    with _manager(workdir, create=False) as manager:
-        step = manager.latest_step()
-        if step is None:
-            raise UserError(f"{workdir} holds no finished checkpoint yet")
-        check_shapes(manager.item_metadata(step)["variables"], like, f"{workdir}, step {step}")
-        restored = manager.restore(step, args=ocp.args.Composite(variables=ocp.args.StandardRestore(like)))
-    return step, restored["variables"]
+    workdir: epath.Path
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        steps = [checkpoint.step for checkpoint in checkpoints]
+        kept = {*sorted(steps)[-KEEP:], model_folder.best_step(self.workdir, steps)}
+        return [step in kept for step in steps]
 
 
-def _manager(workdir: str | epath.PathLike, **options: Any) -> ocp.CheckpointManager:
-    handlers = {item: ocp.StandardCheckpointHandler() for item in ("variables", "opt_state")}
-    return ocp.CheckpointManager(
-        _absolute(workdir) / CHECKPOINTS, item_handlers=handlers, options=ocp.CheckpointManagerOptions(**options)
-    )
-
-
-def check_shapes(stored: Any, expected: Any, where: str) -> None:
-    """Refuse a checkpoint whose arrays are not those of the model.
-
-    Raises:
-      UserError: naming the first arrays that are missing, extra or of another shape.
-    """
+def _check_shapes(stored: Any, expected: Any, folder: epath.Path) -> None:
+    """Refuse a checkpoint whose arrays are not those of the model, naming the first of them."""
     stored_shapes, expected_shapes = _shapes(stored), _shapes(expected)
     wrong = [
         f"{name} ({stored_shapes.get(name, 'missing')}, expected {expected_shapes.get(name, 'none')})"
@@ -102,37 +104,56 @@ def check_shapes(stored: Any, expected: Any, where: str) -> None:
     ]
     if wrong:
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-        raise UserError(f"the checkpoint ({where}) is of another model: {', '.join(wrong[:3])}{more}")
+        raise UserError(f"{folder} is a checkpoint of another model: {', '.join(wrong[:3])}{more}")
 
 
-def write_config(workdir: str | epath.PathLike, config: Mapping[str, Any]) -> None:
-    """Write config.json, complete or not at all. Only process 0 does."""
+def has_checkpoint(workdir: epath.PathLike) -> bool:
+    """Whether `workdir` holds a complete checkpoint."""
+    folder = absolute(workdir) / CHECKPOINTS
+    return folder.is_dir() and bool(ocp.utils.checkpoint_steps(folder))
+
+
+def make_workdir(workdir: epath.PathLike) -> None:
+    """Create `workdir` if need be, and see that it can be written to. Only process 0 does.
+
+    Raises:
+      UserError: it is a file, or cannot be created or written to.
+    """
     if jax.process_index() == 0:
-        path = _absolute(workdir) / CONFIG_FILE
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(CONFIG_FILE + ".part")
+        root = absolute(workdir)
+        try:
+            root.mkdir(parents=True, exist_ok=True)
+            (root / ".writable").write_text("")
+            (root / ".writable").unlink()
+        except OSError as error:
+            raise UserError(f"cannot write to the workdir {workdir} ({error}); give another --workdir") from error
+
+
+def write_config(workdir: epath.PathLike, config: Mapping[str, Any]) -> None:
+    """Write config.json into an existing workdir, complete or not at all. Only process 0 does."""
+    if jax.process_index() == 0:
+        path = absolute(workdir) / RUN_CONFIG
+        part = path.with_name(RUN_CONFIG + ".part")
         part.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
         part.replace(path)
 
 
-def read_config(workdir: str | epath.PathLike) -> dict[str, Any] | None:
+def read_config(workdir: epath.PathLike) -> dict[str, Any] | None:
     """The configuration of the run in `workdir`; None if it holds none.
 
     Raises:
-      UserError: config.json is damaged.
+      UserError: config.json is not the JSON object that it should be.
     """
-    path = _absolute(workdir) / CONFIG_FILE
+    path = absolute(workdir) / RUN_CONFIG
     if not path.exists():
         return None
     try:
-        return json.loads(path.read_text())
+        values = json.loads(path.read_text())
     except ValueError as error:
         raise UserError(f"{path} is not JSON ({error}); restore it, or start in another workdir") from error
-
-
-def _absolute(workdir: str | epath.PathLike) -> epath.Path:
-    path = epath.Path(workdir).expanduser()
-    return path if "://" in str(workdir) else path.resolve()
+    if not isinstance(values, dict):
+        raise UserError(f"{path} must be an object, got {str(values)[:50]}; restore it, or start in another workdir")
+    return values
 
 
 def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:

@@ -8,7 +8,7 @@ from typing import Any
 from etils import epath
 from tensorboardX import SummaryWriter
 
-METRICS_FILE = "metrics.jsonl"
+from clip_jax.model_folder import METRICS
 
 
 class MetricsWriter:
@@ -21,7 +21,7 @@ class MetricsWriter:
     def __init__(self, workdir: str, start_step: int):
         root = epath.Path(workdir).expanduser()
         root.mkdir(parents=True, exist_ok=True)
-        path = root / METRICS_FILE
+        path = root / METRICS
         kept = [line for line in _lines(path) if json.loads(line)["step"] <= start_step]
         path.write_text("".join(line + "\n" for line in kept))
         self._path = path
@@ -41,7 +41,7 @@ class MetricsWriter:
 
 def read_metrics(workdir: str | Path) -> list[dict[str, Any]]:
     """The lines of metrics.jsonl, in order."""
-    return [json.loads(line) for line in _lines(epath.Path(workdir).expanduser() / METRICS_FILE)]
+    return [json.loads(line) for line in _lines(epath.Path(workdir).expanduser() / METRICS)]
 
 
 def _lines(path: epath.Path) -> list[str]:

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int, UInt8
 
 from clip_jax.models import CLIP, normalize
 from clip_jax.parallel import Jitted, Partitioner
-from clip_jax.processing.images import Preprocess
+from clip_jax.processing import Preprocess
 from clip_jax.training.state import Training, TrainState, state_shardings
 
 Batch = Mapping[str, Array]
@@ -68,10 +68,8 @@ def encode(
 
     def encode_piece(variables: Mapping[str, Any], piece: tuple[Array, Array]) -> tuple[tuple[Array, Array], Any]:
         images, tokens = piece
-        config = model.config
         # Images travel to the device as bytes and become the model's floats there.
-        preprocess = Preprocess(config.vision.image_resolution, config.image_mean, config.image_std)
-        images = preprocess.normalize(images, model.execution.wide_dtype)
+        images = Preprocess.from_config(model.config).normalize(images, model.execution.wide_dtype)
         image_features, updated = model.apply(
             variables, images, train=True, method=model.encode_image, mutable=["batch_stats"]
         )

@@ -1,69 +1,13 @@
-"""Writing what archive.py reads, again without PyTorch: state dicts for `torch.load`, and safetensors."""
+"""State dicts for `torch.load`, written without PyTorch."""
 
-import json
-import os
-import shutil
 import struct
-import uuid
 import zipfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from clip_jax.errors import UserError
-
 _STORAGES = {"float32": "FloatStorage", "float16": "HalfStorage", "int64": "LongStorage"}
-_SAFETENSORS_NAMES = {"float32": "F32", "float16": "F16", "int64": "I64"}
-
-
-@contextmanager
-def appears_whole(path: Path) -> Iterator[Path]:
-    """A temporary name beside `path` for a file or a folder, which takes the final name only when complete.
-
-    Raises:
-      UserError: `path` exists already, or cannot be written.
-    """
-    if path.exists():
-        raise UserError(f"{path} exists already; remove it or choose another name")
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield temporary
-        os.rename(temporary, path)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error}") from error
-    finally:
-        if temporary.is_dir():
-            shutil.rmtree(temporary)
-        elif temporary.exists():
-            temporary.unlink()
-
-
-def write_json(path: Path, values: Mapping[str, Any]) -> None:
-    """Write an object as indented JSON."""
-    path.write_text(json.dumps(values, indent=2) + "\n")
-
-
-def write_safetensors(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
-    """Write float32, float16 and int64 arrays; the metadata says "pt", which transformers asks for."""
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    position = 0
-    # The widest types first keep every tensor aligned, as the safetensors library does.
-    ordered = sorted(tensors.items(), key=lambda item: (-item[1].itemsize, item[0]))
-    for name, tensor in ordered:
-        offsets = [position, position + tensor.nbytes]
-        kind = _SAFETENSORS_NAMES[tensor.dtype.name]
-        header[name] = {"dtype": kind, "shape": list(tensor.shape), "data_offsets": offsets}
-        position += tensor.nbytes
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    with path.open("wb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
-        for _, tensor in ordered:
-            file.write(_little_endian_bytes(tensor))
 
 
 def write_state_dict(path: Path, tensors: Mapping[str, np.ndarray]) -> None:

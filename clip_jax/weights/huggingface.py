@@ -1,6 +1,5 @@
 """Folders of Hugging Face's `transformers.CLIPModel`: config.json and model.safetensors (or pytorch_model.bin)."""
 
-import dataclasses
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,9 +11,10 @@ from clip_jax.errors import UserError
 from clip_jax.models import CLIPConfig, ResNetConfig, TextConfig, VisionTransformerConfig
 from clip_jax.models.config import ACTIVATIONS
 from clip_jax.models.transformer import LAYER_NORM_EPSILON
-from clip_jax.weights import archive, mapping
-from clip_jax.weights.archive import read_json
-from clip_jax.weights.archive_writer import appears_whole, write_json, write_safetensors
+from clip_jax.processing import END_OF_TEXT, VOCAB_SIZE
+from clip_jax.weights import fields, huggingface_processing, mapping, tensor_file
+from clip_jax.weights.files import appears_whole, read_json, write_json
+from clip_jax.weights.huggingface_processing import check_only
 from clip_jax.weights.mapping import Source
 
 WEIGHT_FILES = (
@@ -45,24 +45,25 @@ _RENAMING = (
 )
 _TRANSPOSED = ("text_projection", "visual.proj")
 
-# What transformers assumes where config.json is silent (CLIPTextConfig, CLIPVisionConfig).
-_SHARED_DEFAULTS = {"num_hidden_layers": 12, "hidden_act": "quick_gelu", "layer_norm_eps": LAYER_NORM_EPSILON}
-_TEXT_DEFAULTS = _SHARED_DEFAULTS | {
-    "hidden_size": 512,
-    "intermediate_size": 2048,
-    "num_attention_heads": 8,
-    "max_position_embeddings": 77,
-    "vocab_size": 49408,
-    "eos_token_id": 49407,
+# transformers' field -> ours, and what transformers takes where it is missing (CLIPTextConfig, CLIPVisionConfig).
+_TEXT = {
+    "hidden_size": ("width", 512),
+    "num_attention_heads": ("heads", 8),
+    "intermediate_size": ("mlp_width", 2048),
+    "num_hidden_layers": ("layers", 12),
+    "max_position_embeddings": ("context_length", 77),
+    "vocab_size": ("vocab_size", 49408),
 }
-_VISION_DEFAULTS = _SHARED_DEFAULTS | {
-    "hidden_size": 768,
-    "intermediate_size": 3072,
-    "num_attention_heads": 12,
-    "image_size": 224,
-    "patch_size": 32,
-    "num_channels": 3,
+_VISION = {
+    "image_size": ("image_resolution", 224),
+    "patch_size": ("patch_size", 32),
+    "hidden_size": ("width", 768),
+    "num_attention_heads": ("heads", 12),
+    "intermediate_size": ("mlp_width", 3072),
+    "num_hidden_layers": ("layers", 12),
 }
+TEXT_MODEL_TYPE = "clip_text_model"
+VISION_MODEL_TYPE = "clip_vision_model"
 _LEGACY_EOS = 2  # transformers then takes the largest id, as OpenAI does
 
 
@@ -83,35 +84,18 @@ def read(folder: Path) -> tuple[CLIPConfig, Any]:
     """The model in a folder: (config, variables as float32 NumPy arrays).
 
     Raises:
-      UserError: unreadable files, an architecture that is not this one, or tensors that do not fit.
+      UserError: unreadable files, an architecture or image processing that is not ours, or tensors that do not fit.
     """
     config = config_from_json(read_json(folder / "config.json"), f"{folder}/config.json")
-    if (folder / "preprocessor_config.json").is_file():
-        config = _with_preprocessing(config, folder / "preprocessor_config.json")
+    config = huggingface_processing.read(folder, config)
     return config, mapping.to_variables(tensors(folder), mapping.leaves(config), naming, str(folder))
-
-
-def _with_preprocessing(config: CLIPConfig, path: Path) -> CLIPConfig:
-    values = read_json(path)
-    try:
-        return dataclasses.replace(config, **{k: tuple(values[k]) for k in ("image_mean", "image_std") if k in values})
-    except (UserError, TypeError) as error:
-        raise UserError(f"{path} is no preprocessing of CLIP's: {error}") from error
 
 
 def tensors(folder: Path) -> dict[str, np.ndarray]:
     """The tensors of the folder's file, or of all files that its index names."""
     path = next(folder / name for name in WEIGHT_FILES if (folder / name).is_file())
-    shards = [path.name]
-    if path.suffix == ".json":
-        weight_map = read_json(path).get("weight_map")
-        if not isinstance(weight_map, dict):
-            raise UserError(f"{path} has no weight_map from tensors to files")
-        shards = sorted(set(map(str, weight_map.values())))
-    outside = [shard for shard in shards if Path(shard).name != shard]
-    if outside:
-        raise UserError(f"{path} names files outside its folder: {outside[0]!r}")
-    tensors = {k: v for shard in shards for k, v in archive.read(folder / shard).tensors.items()}
+    shards = tensor_file.shards(path) if path.suffix == ".json" else [path.name]
+    tensors = {k: v for shard in shards for k, v in tensor_file.read(folder / shard).tensors.items()}
     return {k: v for k, v in tensors.items() if not k.endswith(".position_ids")}
 
 
@@ -128,24 +112,21 @@ def config_from_json(values: Mapping[str, Any], origin: str) -> CLIPConfig:
 
 
 def _config(values: Mapping[str, Any], origin: str) -> CLIPConfig:
-    _check_only("model_type", values.get("model_type"), ("clip",), origin)
+    kind = values.get("model_type")
+    if kind in (TEXT_MODEL_TYPE, VISION_MODEL_TYPE):
+        use = "; clip_jax.weights.load_text reads it" if kind == TEXT_MODEL_TYPE else ""
+        raise UserError(f"{origin}: one tower of a CLIP model alone ({kind}){use}")
+    check_only("model_type", kind, ("clip",), origin)
     # Files of transformers before 4.30 keep what was changed from the defaults in `..._config_dict`.
     text = values.get("text_config_dict") or values.get("text_config") or {}
-    vision = _VISION_DEFAULTS | (values.get("vision_config_dict") or values.get("vision_config") or {})
+    vision = values.get("vision_config_dict") or values.get("vision_config") or {}
     text_config, activation = text_from_json(text, origin)
-    _check_only("vision layer_norm_eps", vision["layer_norm_eps"], (LAYER_NORM_EPSILON,), origin)
-    _check_only("vision hidden_act", vision["hidden_act"], (activation,), origin)
-    _check_only("num_channels", vision["num_channels"], (3,), origin)
+    check_only("vision layer_norm_eps", vision.get("layer_norm_eps", LAYER_NORM_EPSILON), (LAYER_NORM_EPSILON,), origin)
+    check_only("vision hidden_act", vision.get("hidden_act", "quick_gelu"), (activation,), origin)
+    check_only("num_channels", vision.get("num_channels", 3), (3,), origin)
     return CLIPConfig(
         embed_dim=values.get("projection_dim", 512),
-        vision=VisionTransformerConfig(
-            image_resolution=vision["image_size"],
-            patch_size=vision["patch_size"],
-            width=vision["hidden_size"],
-            layers=vision["num_hidden_layers"],
-            heads=vision["num_attention_heads"],
-            mlp_width=vision["intermediate_size"],
-        ),
+        vision=VisionTransformerConfig(**fields.from_json(_VISION, vision)),
         text=text_config,
         activation=activation,
     )
@@ -157,101 +138,57 @@ def text_from_json(values: Mapping[str, Any], origin: str) -> tuple[TextConfig, 
     Raises:
       UserError: this architecture cannot express it; `origin` names the file.
     """
-    text = _TEXT_DEFAULTS | values
-    _check_only("text layer_norm_eps", text["layer_norm_eps"], (LAYER_NORM_EPSILON,), origin)
-    _check_only("text hidden_act", text["hidden_act"], ACTIVATIONS, origin)
+    text, activation = TextConfig(**fields.from_json(_TEXT, values)), values.get("hidden_act", "quick_gelu")
+    check_only("text layer_norm_eps", values.get("layer_norm_eps", LAYER_NORM_EPSILON), (LAYER_NORM_EPSILON,), origin)
+    check_only("text hidden_act", activation, ACTIVATIONS, origin)
     # transformers pools at the first `eos_token_id`, we at the largest id: the same if that ends the vocabulary.
-    _check_only("text eos_token_id", text["eos_token_id"], (_LEGACY_EOS, text["vocab_size"] - 1), origin)
-    config = TextConfig(
-        width=text["hidden_size"],
-        heads=text["num_attention_heads"],
-        mlp_width=text["intermediate_size"],
-        layers=text["num_hidden_layers"],
-        context_length=text["max_position_embeddings"],
-        vocab_size=text["vocab_size"],
-    )
-    return config, text["hidden_act"]
-
-
-def _check_only(what: str, found: Any, allowed: tuple, origin: str) -> None:
-    if found not in allowed:
-        raise UserError(f"{origin}: {what} is {found!r}, this architecture has {' or '.join(map(repr, allowed))}")
+    check_only("text eos_token_id", values.get("eos_token_id", END_OF_TEXT), (_LEGACY_EOS, text.vocab_size - 1), origin)
+    return text, activation
 
 
 def write(folder: Path, config: CLIPConfig, variables: Any) -> None:
-    """Write a folder that `transformers.CLIPModel.from_pretrained` loads, in float32.
+    """Write a folder that `CLIPModel` and `pipeline` of transformers open, in float32, with processor and tokenizer.
 
     Raises:
-      UserError: transformers' CLIP cannot express the model (ResNet, logit bias), or `folder` exists.
+      UserError: transformers' CLIP cannot express the model (ResNet, logit bias, ...), or `folder` exists.
     """
     values = config_to_json(config)
     with appears_whole(folder) as temporary:
         temporary.mkdir()
         write_json(temporary / "config.json", values)
-        write_json(temporary / "preprocessor_config.json", _preprocessor_to_json(config))
-        write_safetensors(temporary / WEIGHT_FILES[0], mapping.to_tensors(variables, mapping.leaves(config), naming))
+        huggingface_processing.write(temporary, config)
+        named = mapping.to_tensors(variables, mapping.leaves(config), naming)
+        tensor_file.write_safetensors(temporary / WEIGHT_FILES[0], named)
 
 
 def config_to_json(config: CLIPConfig) -> dict[str, Any]:
     """Inverse of `config_from_json`.
 
     Raises:
-      UserError: the image tower is a ResNet, or the logits have a bias.
+      UserError: the image tower is a ResNet, the logits have a bias, texts keep their case, or ids come after OpenAI's.
     """
-    vision, text = config.vision, config.text
+    text = config.text
     if config.logit_bias:
         raise UserError("transformers.CLIPModel has no logit_bias; write this model as open_clip")
-    if isinstance(vision, ResNetConfig):
+    if isinstance(config.vision, ResNetConfig):
         raise UserError("transformers.CLIPModel has no ResNet image tower; write this model as openai or open_clip")
+    if not text.lowercase:
+        raise UserError("transformers' CLIPTokenizer lower-cases every text; write this model as open_clip")
+    if text.tokenizer == "openai" and text.vocab_size > VOCAB_SIZE:
+        raise UserError(f"transformers' CLIPModel takes id {text.vocab_size - 1} for end of text, not {END_OF_TEXT}")
     shared = {
         "hidden_act": config.activation,
         "layer_norm_eps": LAYER_NORM_EPSILON,
         "projection_dim": config.embed_dim,
     }
+    special = {"bos_token_id": text.vocab_size - 2, "eos_token_id": text.vocab_size - 1}
     return {
         "architectures": ["CLIPModel"],
         "model_type": "clip",
         "dtype": "float32",
         "projection_dim": config.embed_dim,
-        "text_config": shared
-        | {
-            "model_type": "clip_text_model",
-            "hidden_size": text.width,
-            "intermediate_size": text.mlp_width,
-            "num_attention_heads": text.heads,
-            "num_hidden_layers": text.layers,
-            "max_position_embeddings": text.context_length,
-            "vocab_size": text.vocab_size,
-            "bos_token_id": text.vocab_size - 2,
-            "eos_token_id": text.vocab_size - 1,
-        },
-        "vision_config": shared
-        | {
-            "model_type": "clip_vision_model",
-            "hidden_size": vision.width,
-            "intermediate_size": vision.mlp_width,
-            "num_attention_heads": vision.heads,
-            "num_hidden_layers": vision.layers,
-            "image_size": vision.image_resolution,
-            "patch_size": vision.patch_size,
-            "num_channels": 3,
-        },
-    }
-
-
-def _preprocessor_to_json(config: CLIPConfig) -> dict[str, Any]:
-    resolution = config.vision.image_resolution
-    return {
-        "image_processor_type": "CLIPImageProcessor",
-        "do_convert_rgb": True,
-        "do_resize": True,
-        "size": {"shortest_edge": resolution},
-        "resample": 3,  # PIL's BICUBIC
-        "do_center_crop": True,
-        "crop_size": {"height": resolution, "width": resolution},
-        "do_rescale": True,
-        "rescale_factor": 1 / 255,
-        "do_normalize": True,
-        "image_mean": list(config.image_mean),
-        "image_std": list(config.image_std),
+        "text_config": {"model_type": TEXT_MODEL_TYPE} | fields.to_json(_TEXT, text) | special | shared,
+        "vision_config": {"model_type": "clip_vision_model", "num_channels": 3}
+        | fields.to_json(_VISION, config.vision)
+        | shared,
     }

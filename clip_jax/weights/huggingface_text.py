@@ -10,7 +10,7 @@ from clip_jax.errors import UserError
 from clip_jax.models import Execution
 from clip_jax.models.text import TextTransformer
 from clip_jax.weights import huggingface, mapping
-from clip_jax.weights.archive import read_json
+from clip_jax.weights.files import read_json
 
 _TEXT_NAMES = ("text_model.", "text_projection.")
 
@@ -47,7 +47,7 @@ def load_text(folder: str | Path, *, dtype: str = "float32") -> tuple[TextTransf
 def _config(folder: Path) -> tuple[Any, str]:
     path = folder / "config.json"
     values = read_json(path)
-    if values.get("model_type") == "clip_text_model":
+    if values.get("model_type") == huggingface.TEXT_MODEL_TYPE:
         try:
             return huggingface.text_from_json(values, str(path))
         except TypeError as error:

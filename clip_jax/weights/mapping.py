@@ -17,7 +17,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from clip_jax.errors import UserError
-from clip_jax.models import CLIP, CLIPConfig, TextConfig
+from clip_jax.models import CLIPConfig, variable_shapes
 from clip_jax.models.text import TextTransformer
 
 # Path in our variables -> OpenAI's name, with "{layer}" where our blocks are stacked. The packed `in_proj` of
@@ -38,7 +38,7 @@ _RENAMING = (
     (r"/(mean|var)$", r"/running_\1"),
     (r"/", "."),
 )
-_FLOATS = ("float32", "float16", "bfloat16")
+_FLOATS = ("float64", "float32", "float16", "bfloat16")
 _NAMES_SHOWN = 10
 
 
@@ -123,19 +123,14 @@ class Leaf:
 @lru_cache(maxsize=4)
 def leaves(config: CLIPConfig) -> tuple[Leaf, ...]:
     """The table for a whole model; shapes only, nothing is allocated."""
-    resolution = config.vision.image_resolution
-    images = jax.ShapeDtypeStruct((1, resolution, resolution, 3), jnp.float32)
-    return _table(jax.eval_shape(CLIP(config).init, jax.random.key(0), images, _tokens(config.text)))
+    return _table(variable_shapes(config))
 
 
 def text_leaves(text: TextTransformer) -> tuple[Leaf, ...]:
     """The table for a text tower alone, with the paths it has in a whole model."""
-    abstract = jax.eval_shape(text.init, jax.random.key(0), _tokens(text.config))
+    tokens = jax.ShapeDtypeStruct((1, text.config.context_length), jnp.int32)
+    abstract = jax.eval_shape(text.init, jax.random.key(0), tokens)
     return _table({"params": {"text": abstract["params"]}})
-
-
-def _tokens(config: TextConfig) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct((1, config.context_length), jnp.int32)
 
 
 def _table(abstract: Any) -> tuple[Leaf, ...]:
@@ -163,19 +158,30 @@ def expected_shapes(table: Sequence[Leaf], naming: Naming) -> dict[str, tuple[in
 def to_variables(tensors: Mapping[str, np.ndarray], table: Sequence[Leaf], naming: Naming, origin: str) -> Any:
     """Our variables, as float32 NumPy arrays, from the tensors of a file.
 
-    Memory is that of the result: tensors stay views of the file until they are copied into their place.
+    Views of a file stay views until they are copied into their place. float64 is rounded, as PyTorch rounds it when it
+    loads a state dict into a model in float32.
 
     Raises:
-      UserError: tensors are missing, superfluous or of another shape; the message lists them. `origin` names the file.
+      UserError: tensors are missing, superfluous, of another shape or type, or not finite; the message lists them.
+        `origin` names the file.
     """
     _check_fit(tensors, expected_shapes(table, naming), origin)
-    variables = {}
+    variables, broken = {}, {}
     for leaf in table:
         array = np.empty(leaf.shape, np.float32)
         for layer, name in enumerate(leaf.names):
-            target = array[layer] if leaf.stacked else array
-            target[...] = leaf.from_torch(_take(tensors, naming(name)))
+            target, source = array[layer] if leaf.stacked else array, naming(name)
+            with np.errstate(over="ignore"):
+                target[...] = leaf.from_torch(_take(tensors, source))
+            if not (finite := np.isfinite(target)).all():
+                broken[source.key] = broken.get(source.key, 0) + target.size - np.count_nonzero(finite)
         variables[leaf.path] = array
+    if broken:
+        first = min(broken)
+        raise UserError(
+            f"{origin} holds numbers that are not finite (NaN or infinity) in {len(broken)} tensors; {first} has "
+            f"{broken[first]} of them among {tensors[first].size}"
+        )
     return unflatten_dict(variables, sep="/")
 
 
@@ -206,20 +212,29 @@ def _check_fit(tensors: Mapping[str, np.ndarray], expected: Mapping[str, tuple[i
     missing = [f"{key} {shape}" for key, shape in expected.items() if key not in tensors]
     extra = [f"{key[:200]} {tensor.shape}" for key, tensor in tensors.items() if key not in expected]
     wrong = [
-        f"{key} is {tensors[key].dtype} {tensors[key].shape}, should be {shape}"
+        f"{key} is {tensors[key].shape}, should be {shape}"
         for key, shape in expected.items()
-        if key in tensors and not _same(tensors[key], shape)
+        if key in tensors and not _same(tensors[key].shape, shape)
+    ]
+    types = [
+        f"{key} is {tensors[key].dtype}, should be float32, float16 or bfloat16"
+        for key in expected
+        if key in tensors and tensors[key].dtype.name not in _FLOATS
     ]
     problems = [
         f"{len(names)} {what}: {', '.join(names[:_NAMES_SHOWN])}{', …' if len(names) > _NAMES_SHOWN else ''}"
-        for what, names in (("missing", missing), ("not part of the model", extra), ("of the wrong shape", wrong))
+        for what, names in (
+            ("missing", missing),
+            ("not part of the model", extra),
+            ("of the wrong shape", wrong),
+            ("of a type that holds no weights", types),
+        )
         if names
     ]
     if problems:
         raise UserError(f"{origin} does not hold this CLIP model; tensors {'; '.join(problems)}")
 
 
-def _same(tensor: np.ndarray, shape: tuple[int, ...]) -> bool:
+def _same(found: tuple[int, ...], shape: tuple[int, ...]) -> bool:
     # The temperature is a scalar for OpenAI and a vector of one in some open_clip files.
-    fits = tensor.shape == shape or (shape == () and tensor.shape == (1,))
-    return fits and tensor.dtype.name in _FLOATS
+    return found == shape or (shape == () and found == (1,))

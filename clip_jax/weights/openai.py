@@ -2,6 +2,7 @@
 
 The architecture follows from the tensors' shapes, as in `build_model`. The activation does not: a TorchScript archive
 names the class of it, and a state dict holding OpenAI's three size buffers is OpenAI's; for others it must be told.
+What else shapes do not show is taken to be as in OpenAI's models, unless something in the file speaks against it.
 """
 
 import math
@@ -15,16 +16,25 @@ import numpy as np
 from clip_jax.errors import UserError
 from clip_jax.models import CLIPConfig, ResNetConfig, TextConfig, VisionTransformerConfig
 from clip_jax.models.config import OPENAI_IMAGE_MEAN, OPENAI_IMAGE_STD
-from clip_jax.weights import archive, mapping
-from clip_jax.weights.archive import TensorFile
-from clip_jax.weights.archive_writer import appears_whole, write_state_dict
+from clip_jax.weights import mapping, tensor_file
+from clip_jax.weights.archive_writer import write_state_dict
+from clip_jax.weights.files import appears_whole
 from clip_jax.weights.mapping import Source
+from clip_jax.weights.tensor_file import TensorFile
 
 HEAD_WIDTH = 64
+OPENAI_VOCABULARY = 49408
 SIZE_BUFFERS = ("input_resolution", "context_length", "vocab_size")
-_WRAPPERS = re.compile(r"^(module\.|_orig_mod\.)+")  # torch's data parallel and compiled modules
 _IGNORED = re.compile(r"(.*\.)?(num_batches_tracked|attn_mask|position_ids)|" + "|".join(SIZE_BUFFERS))
 _PACKED = re.compile(r"(.*\.attn\.)([qkv])_proj\.(weight|bias)")
+_FIRST_TENSOR = "visual.conv1.weight"  # of every model of this architecture
+# Names that betray another architecture, or another library's file.
+_FOREIGN = (
+    (r"\bvisual\.trunk\.", "an image tower of timm (SigLIP's, ConvNeXt and others), which clip_jax does not have"),
+    (r"\btext\.transformer\.(embeddings|encoder)\.", "a text tower of transformers, which clip_jax does not have"),
+    (r"\btext_decoder\.", "CoCa's text decoder, which clip_jax does not have"),
+    (r"\b(vision|text)_model\.", "transformers' names, which need its config.json beside them"),
+)
 _ACTIVATION_CLASSES = {"QuickGELU": "quick_gelu", "GELU": "gelu"}
 # open_clip's larger ViTs (H, g, G) have other heads than 64 wide, which no tensor shows.
 _LARGEST_SURE_WIDTH = 1024
@@ -37,8 +47,13 @@ def naming(name: str) -> Source:
 
 
 def plain_tensors(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Tensors by OpenAI's names: without wrappers' prefixes, open_clip's `text.`, and buffers that hold no weights."""
-    unwrapped = {_WRAPPERS.sub("", name): tensor for name, tensor in tensors.items()}
+    """Tensors by OpenAI's names, without buffers that hold no weights.
+
+    What modules around the model put before every name goes (`module.`, `_orig_mod.`, Lightning's `model.` or `clip.`),
+    and so does the `text.` of open_clip's custom text towers.
+    """
+    prefix = next((name for name in tensors if name.endswith("." + _FIRST_TENSOR)), "").removesuffix(_FIRST_TENSOR)
+    unwrapped = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
     if "text.token_embedding.weight" in unwrapped:
         unwrapped = {name.removeprefix("text."): tensor for name, tensor in unwrapped.items()}
     return {name: tensor for name, tensor in unwrapped.items() if not _IGNORED.fullmatch(name)}
@@ -54,16 +69,47 @@ def read(path: str | Path, activation: str | None = None) -> tuple[CLIPConfig, A
     Raises:
       UserError: not a readable file, not a CLIP model of this architecture, or its activation is unknown.
     """
-    file = archive.read(path)
-    tensors, stated = plain_tensors(file.tensors), stated_activation(file)
-    config = infer_config(tensors, _agreed_activation(stated, activation, file.path), str(file.path))
-    wide = isinstance(config.vision, VisionTransformerConfig) and config.vision.width > _LARGEST_SURE_WIDTH
-    if stated is None and wide:
-        raise UserError(
-            f"{file.path} does not say how many heads its {config.vision.width} features form; "
-            "put the model's open_clip_config.json beside it"
-        )
-    return config, mapping.to_variables(tensors, mapping.leaves(config), naming, str(file.path))
+    file = tensor_file.read(path)
+    tensors, stated, origin = plain_tensors(file.tensors), stated_activation(file), str(file.path)
+    _check_names(tensors, origin)
+    if stated is None:
+        _check_like_openai(tensors, origin)
+    config = infer_config(tensors, _agreed_activation(stated, activation, origin), origin)
+    return config, mapping.to_variables(tensors, mapping.leaves(config), naming, origin)
+
+
+def _check_names(tensors: Mapping[str, np.ndarray], origin: str) -> None:
+    for pattern, what in _FOREIGN:
+        if any(re.search(pattern, name) for name in tensors):
+            raise UserError(f"{origin} holds {what}")
+
+
+def _check_like_openai(tensors: Mapping[str, np.ndarray], origin: str) -> None:
+    """What shapes do not show is taken to be as in OpenAI's models; refuse a file where something speaks against it.
+
+    Raises:
+      UserError: the vocabulary or a width is one that no model of OpenAI's has.
+    """
+    vocabulary, text = _shape(tensors, "token_embedding.weight", 2, origin)
+    image = _shape(tensors, _FIRST_TENSOR, 4, origin)[0] if "visual.proj" in tensors else HEAD_WIDTH
+    signs = (
+        (vocabulary != OPENAI_VOCABULARY, f"a vocabulary of {vocabulary:,}, not OpenAI's {OPENAI_VOCABULARY:,}"),
+        (text % HEAD_WIDTH, f"a text tower {text} wide, not a multiple of {HEAD_WIDTH}, the width of OpenAI's heads"),
+        (
+            image % HEAD_WIDTH,
+            f"an image tower {image} wide, not a multiple of {HEAD_WIDTH}, the width of OpenAI's heads",
+        ),
+        (
+            image > _LARGEST_SURE_WIDTH,
+            f"an image tower {image} wide, whose heads may be wider than OpenAI's {HEAD_WIDTH}",
+        ),
+    )
+    for found, sign in signs:
+        if found:
+            raise UserError(
+                f"{origin} has {sign}; say what the model is with --model_config FILE (open_clip's "
+                "model_configs/NAME.json of it), or put its open_clip_config.json beside it"
+            )
 
 
 def stated_activation(file: TensorFile) -> str | None:
@@ -74,13 +120,13 @@ def stated_activation(file: TensorFile) -> str | None:
     return "quick_gelu" if not names and all(name in file.tensors for name in SIZE_BUFFERS) else None
 
 
-def _agreed_activation(stated: str | None, asked: str | None, path: Path) -> str:
+def _agreed_activation(stated: str | None, asked: str | None, origin: str) -> str:
     if stated and asked and stated != asked:
-        raise UserError(f"{path} was made with {stated}, not {asked}; leave the activation out")
+        raise UserError(f"{origin} was made with {stated}, not {asked}; leave the activation out")
     if not (stated or asked):
         raise UserError(
-            f"{path} does not say its activation; give --activation quick_gelu (OpenAI's weights and open_clip's "
-            "-quickgelu models) or --activation gelu (open_clip's others)"
+            f"{origin} does not say its activation; give --activation quick_gelu (OpenAI's weights and open_clip's "
+            "-quickgelu models), --activation gelu (open_clip's others), or the model's --model_config"
         )
     return stated or asked
 
@@ -93,13 +139,7 @@ def infer_config(tensors: Mapping[str, np.ndarray], activation: str, origin: str
     """
 
     def shape(name: str, dimensions: int) -> tuple[int, ...]:
-        if name not in tensors or tensors[name].ndim != dimensions:
-            found = str(tensors[name].shape) if name in tensors else f"{len(tensors)} others"
-            raise UserError(
-                f"{origin} holds no CLIP model: expected {name} of {dimensions} axes, found {found}; "
-                "transformers' and open_clip's files need their configuration beside them"
-            )
-        return tensors[name].shape
+        return _shape(tensors, name, dimensions, origin)
 
     def grid(name: str) -> int:
         positions = shape(name, 2)[0]
@@ -138,6 +178,16 @@ def infer_config(tensors: Mapping[str, np.ndarray], activation: str, origin: str
     return CLIPConfig(shape("text_projection", 2)[1], vision, text, activation, logit_bias="logit_bias" in tensors)
 
 
+def _shape(tensors: Mapping[str, np.ndarray], name: str, dimensions: int, origin: str) -> tuple[int, ...]:
+    if name not in tensors or tensors[name].ndim != dimensions:
+        found = str(tensors[name].shape) if name in tensors else f"{len(tensors)} others"
+        raise UserError(
+            f"{origin} holds no CLIP model: expected {name} of {dimensions} axes, found {found}; "
+            "transformers' and open_clip's files need their configuration beside them"
+        )
+    return tensors[name].shape
+
+
 def _count(tensors: Mapping[str, np.ndarray], pattern: str) -> int:
     return len({match[1] for name in tensors if (match := re.match(pattern, name))})
 
@@ -159,6 +209,11 @@ def check_expressible(config: CLIPConfig) -> None:
         "vision mlp_width": (getattr(vision, "mlp_width", 4 * trunk), 4 * trunk),
         "image_mean": (config.image_mean, OPENAI_IMAGE_MEAN),
         "image_std": (config.image_std, OPENAI_IMAGE_STD),
+        "image_interpolation": (config.image_interpolation, "bicubic"),
+        "image_resize": (config.image_resize, "shortest"),
+        "image_resize_to": (config.image_resize_to, 0),
+        "tokenizer": (text.tokenizer, "openai"),
+        "lowercase": (text.lowercase, True),
     }
     for what, (found, only) in wanted.items():
         if found != only:

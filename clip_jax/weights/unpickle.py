@@ -1,12 +1,14 @@
 """A pickle machine that can only build tensors: the part of PyTorch's files that pickle describes.
 
 Python's own unpickler runs whatever the file names, and allocates whatever the file asks for. This one decodes the
-opcodes with `pickletools` and knows the twenty-odd that PyTorch writes, five functions by name, and nothing else.
-TorchScript's classes (`__torch__...`) become `Module`s, inert records of attributes; their code is never read.
+opcodes with `pickletools` and knows the twenty-odd that PyTorch writes, a few functions by name, and nothing else.
+TorchScript's classes (`__torch__...`) become `Module`s, inert records of attributes; their code is never read. What
+training scripts keep beside the weights (`argparse.Namespace` and its like) becomes `Ignored`, never made nor called.
 """
 
 import math
 import pickletools
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -30,7 +32,16 @@ STORAGE_DTYPES = {
     "torch.CharStorage": np.dtype("i1"),
     "torch.ByteStorage": np.dtype("u1"),
     "torch.BoolStorage": np.dtype("?"),
+    "torch.storage.UntypedStorage": np.dtype("u1"),  # of the types that have no class above
 }
+
+# What checkpoints hold beside tensors, and no weights need: settings, paths, the best metric so far.
+_IGNORED = re.compile(
+    r"argparse\.Namespace|types\.SimpleNamespace|pathlib\.(_local\.)?\w*Path|collections\.(defaultdict|Counter)"
+    r"|(__builtin__|builtins)\.(int|long|float|bool|str|list|tuple|dict|set|frozenset|complex|bytearray)|_codecs\.encode"
+    r"|numpy\.(_?core\.multiarray\.(scalar|_reconstruct)|dtype|ndarray)|torch\.(device|Size|\w*int\d+|b?float\d\w*|bool)"
+    r"|(pytorch_lightning|lightning|lightning_fabric)\.[\w.]*\.AttributeDict"
+)
 
 # (key, dtype, number of elements) -> the storage as a one-dimensional array.
 StorageReader = Callable[[str, np.dtype, int], np.ndarray]
@@ -45,8 +56,21 @@ class Module:
 
 
 @dataclass(frozen=True)
+class Ignored:
+    """In place of an object that no weights need; whatever is put into it is dropped."""
+
+
+@dataclass(frozen=True)
 class _Global:
     name: str
+
+
+def not_plain(kind: str) -> UserError:
+    """The error for tensors of a type that is not a plain number, such as float8."""
+    return UserError(
+        f"it holds tensors of type {kind}; save the model in float32, float16 or bfloat16, quantised weights with "
+        "their scales applied"
+    )
 
 
 def unpickle(data: bytes, read_storage: StorageReader) -> Any:
@@ -141,7 +165,7 @@ class _Machine:
                 push(_call(function, arguments))
             case "NEWOBJ":
                 arguments, cls = self.pop(), self.pop()
-                push(_new_module(cls, arguments))
+                push(_new_object(cls, arguments))
             case "BUILD":
                 state = self.pop()
                 _set_state(self.stack[-1], state)
@@ -150,12 +174,16 @@ class _Machine:
 
     def extend(self, items: list[Any]) -> None:
         target = self.stack[-1]
+        if isinstance(target, Ignored):
+            return
         if not isinstance(target, list):
             raise UserError("its pickle appends to something that is not a list")
         target.extend(items)
 
     def set_items(self, items: list[Any]) -> None:
         target = self.stack[-1]
+        if isinstance(target, Ignored):
+            return
         if not isinstance(target, dict) or len(items) % 2:
             raise UserError("its pickle sets items of something that is not a dict")
         for key, value in zip(items[::2], items[1::2], strict=True):
@@ -173,15 +201,24 @@ class _Machine:
 
 def _checked_global(module: str, name: str) -> _Global:
     full = f"{module}.{name}"
-    if full in _FUNCTIONS or full in STORAGE_DTYPES or module.startswith("__torch__."):
+    if full in _FUNCTIONS or full in STORAGE_DTYPES or module.startswith("__torch__.") or _IGNORED.fullmatch(full):
         return _Global(full)
-    raise UserError(f"its pickle asks for {full[:200]!r}, which is not needed to hold weights; nothing was executed")
+    raise UserError(
+        f"its pickle asks for {full[:200]!r}, which no weights need; nothing was executed. If "
+        "torch.load(FILE, weights_only=True) accepts it, save the state dict alone and read that"
+    )
 
 
 def _call(function: Any, arguments: Any) -> Any:
+    if _is_ignored(function):
+        return Ignored()
     if not isinstance(function, _Global) or function.name not in _FUNCTIONS:
         raise UserError(f"its pickle calls something that is not a function: {_shown(function)}")
     return _FUNCTIONS[function.name](*arguments)
+
+
+def _is_ignored(value: Any) -> bool:
+    return isinstance(value, _Global) and _IGNORED.fullmatch(value.name) is not None
 
 
 def _shown(value: Any) -> str:
@@ -189,7 +226,9 @@ def _shown(value: Any) -> str:
     return value.name[:200] if isinstance(value, _Global) else f"a {type(value).__name__}"
 
 
-def _new_module(cls: Any, arguments: Any) -> Module:
+def _new_object(cls: Any, arguments: Any) -> Module | Ignored:
+    if _is_ignored(cls):
+        return Ignored()
     if not isinstance(cls, _Global) or not cls.name.startswith("__torch__.") or arguments != ():
         raise UserError(f"its pickle builds an object of {_shown(cls)}")
     return Module(cls.name.rpartition(".")[2])
@@ -198,7 +237,9 @@ def _new_module(cls: Any, arguments: Any) -> Module:
 def _set_state(target: Any, state: Any) -> None:
     if isinstance(target, Module) and isinstance(state, dict):
         target.attributes = state
-    elif not isinstance(target, dict):  # on an OrderedDict it is the `_metadata` of state_dict(), of no use here
+    elif not isinstance(
+        target, dict | Ignored
+    ):  # on an OrderedDict it is the `_metadata` of state_dict(), of no use here
         raise UserError(f"its pickle sets the state of a {type(target).__name__}")
 
 
@@ -224,6 +265,11 @@ def _rebuild_tensor(storage: np.ndarray, offset: int, size: tuple, stride: tuple
     return np.lib.stride_tricks.as_strided(storage[offset:], size, strides, writeable=False)
 
 
+def _rebuild_tensor_of_type(*arguments: Any) -> np.ndarray:
+    """torch._utils._rebuild_tensor_v3, for the types that have no storage class: (storage, ..., dtype, metadata)."""
+    raise not_plain(_shown(arguments[6]))
+
+
 def _rebuild_parameter(tensor: np.ndarray, *_unused: Any) -> np.ndarray:
     return tensor
 
@@ -236,6 +282,7 @@ def _ordered_dict(*arguments: Any) -> dict:
 
 _FUNCTIONS: dict[str, Callable[..., Any]] = {
     "torch._utils._rebuild_tensor_v2": _rebuild_tensor,
+    "torch._utils._rebuild_tensor_v3": _rebuild_tensor_of_type,
     "torch._utils._rebuild_parameter": _rebuild_parameter,
     "collections.OrderedDict": _ordered_dict,
 }

@@ -16,7 +16,7 @@ from jaxtyping import Float, Int
 
 from clip_jax.errors import UserError
 from clip_jax.models import CLIP, CLIPConfig, Execution, ResNetConfig, normalize
-from clip_jax.weights import archive, openai
+from clip_jax.weights import openai, tensor_file
 
 # Two independent float32 engines agree to about 1.4e-6 on twelve layers; these leave room for the deepest model.
 HIDDEN_TOLERANCE = 5e-6  # max abs difference over max abs value
@@ -166,8 +166,8 @@ def openai_outputs(model: Any, images: Any, tokens: Any) -> Outputs:
 
 def transformers_outputs(folder: Path, images: Any, tokens: Any) -> Outputs:
     """The same of `transformers.CLIPModel`."""
-    torch, transformers = _import("torch"), _import("transformers")
-    model = transformers.CLIPModel.from_pretrained(folder, attn_implementation="eager", dtype=torch.float32).eval()
+    torch, clip_model = _import("torch"), _import("transformers", "CLIPModel")
+    model = clip_model.from_pretrained(folder, attn_implementation="eager", dtype=torch.float32).eval()
     with torch.no_grad():
         output = model(
             input_ids=torch.from_numpy(tokens).long(),
@@ -193,7 +193,7 @@ def openai_model(path: Path, config: CLIPConfig) -> Any:
     torch = _import("torch")
     classes = openai_classes()
     classes.convert_weights = lambda model: None  # it would round to float16
-    tensors = openai.plain_tensors(archive.read(path).tensors)
+    tensors = openai.plain_tensors(tensor_file.read(path).tensors)
     tensors["logit_scale"] = tensors["logit_scale"].reshape(())
     state = {name: torch.from_numpy(np.array(tensor, np.float32)) for name, tensor in tensors.items()}
     try:
@@ -244,11 +244,16 @@ def _unit(features: Any) -> np.ndarray:
     return (features / features.norm(dim=-1, keepdim=True)).detach().numpy()
 
 
-def _import(name: str) -> ModuleType:
+def _import(name: str, attribute: str | None = None) -> Any:
     try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise _not_installed(name) from error
+        module = importlib.import_module(name)
+        return getattr(module, attribute) if attribute else module
+    except (ImportError, RuntimeError, AttributeError, OSError) as error:
+        if isinstance(error, ModuleNotFoundError) and error.name:
+            raise _not_installed(error.name) from error
+        # A torchvision made for another torch, for example: transformers tells it in the cause.
+        reason = " ".join(str(error.__cause__ or error).split())[:300]
+        raise UserError(f"verifying compares with PyTorch, but importing {name} fails here: {reason}") from error
 
 
 def _not_installed(name: str) -> UserError:

@@ -10,9 +10,8 @@ from clip_jax.data.digits import Digits
 from clip_jax.data.example import Example
 from clip_jax.data.pipeline import evaluation_batches, train_batches
 from clip_jax.errors import UserError
-from clip_jax.models.config import OPENAI_IMAGE_MEAN, OPENAI_IMAGE_STD
-from clip_jax.processing import decode, tokenize
-from clip_jax.processing.images import Preprocess
+from clip_jax.processing import Preprocess, decode, tokenize
+from clip_jax.processing.tokenizers import OpenAITokenizer
 
 
 class Numbered:
@@ -36,10 +35,11 @@ class Numbered:
 
 
 SOURCES = (Numbered("apple", 50), Numbered("pear", 30))
+PROCESSING = {"preprocess": Preprocess(8), "tokenizer": OpenAITokenizer(8)}
 
 
 def take(count, sources=SOURCES, weights=(3.0, 1.0), **changes):
-    settings = {"seed": 1, "batch_size": 16, "image_resolution": 8, "context_length": 8} | changes
+    settings = {"seed": 1, "batch_size": 16} | PROCESSING | changes
     batches = train_batches(sources, weights, **settings)
     try:
         return list(itertools.islice(batches, count))
@@ -128,6 +128,19 @@ def test_long_captions_are_truncated():
     np.testing.assert_array_equal(batch["text"][0], tokenize(["word " * 100], 8, truncate=True)[0])
 
 
+def test_images_and_captions_are_processed_as_the_model_asks():
+    class Cased(Numbered):
+        def __getitem__(self, index):
+            return Example(Image.linear_gradient("L").resize((40, 20)), ("A Dog",))
+
+    bilinear = Preprocess(8, interpolation="bilinear", resize="squash")
+    processing = {"preprocess": bilinear, "tokenizer": OpenAITokenizer(8, lowercase=False)}
+    (batch,) = take(1, sources=(Cased("cased", 3),), weights=(1.0,), **processing)
+    np.testing.assert_array_equal(batch["text"][0], tokenize("A Dog", 8, lowercase=False)[0])
+    squashed = Image.linear_gradient("L").resize((40, 20)).resize((8, 8), Image.Resampling.BILINEAR).convert("RGB")
+    np.testing.assert_array_equal(batch["image"][0], squashed)
+
+
 @pytest.mark.parametrize("error", [UserError, OSError])
 def test_unreadable_data_is_the_users_mistake_and_named(error):
     with pytest.raises(UserError, match=r"^apple, example 7: cannot read it$"):
@@ -151,7 +164,7 @@ def test_an_example_without_captions_is_named():
 
 def test_batch_size_must_divide_by_the_hosts_at_once():
     with pytest.raises(UserError, match="batch_size 16 does not divide by the number of hosts, 3"):
-        train_batches(SOURCES, (1.0, 1.0), seed=0, batch_size=16, image_resolution=8, process_count=3)
+        train_batches(SOURCES, (1.0, 1.0), seed=0, batch_size=16, process_count=3, **PROCESSING)
 
 
 def test_reading_ahead_is_bounded_and_closing_ends_the_threads():
@@ -162,7 +175,7 @@ def test_reading_ahead_is_bounded_and_closing_ends_the_threads():
             read.append(index)
             return super().__getitem__(index)
 
-    batches = train_batches((Counting("apple", 50),), (1.0,), seed=0, batch_size=4, image_resolution=8)
+    batches = train_batches((Counting("apple", 50),), (1.0,), seed=0, batch_size=4, **PROCESSING)
     for _ in range(3):
         next(batches)
     batches.close()
@@ -171,27 +184,24 @@ def test_reading_ahead_is_bounded_and_closing_ends_the_threads():
 
 
 def test_evaluation_batches_hold_each_example_once_in_order():
-    batches = list(evaluation_batches(Numbered("apple", 50), 12, Preprocess(8, OPENAI_IMAGE_MEAN, OPENAI_IMAGE_STD)))
+    batches = list(evaluation_batches(Numbered("apple", 50), 12, Preprocess(8)))
     assert [batch["image"].shape for batch in batches] == [(12, 8, 8, 3)] * 5
     joined = {key: np.concatenate([batch[key] for batch in batches]) for key in batches[0]}
     np.testing.assert_array_equal(joined["mask"], np.arange(60) < 50)
     np.testing.assert_array_equal(joined["image"][:50, 0, 0, 0], np.arange(50))
     np.testing.assert_array_equal(joined["label"], np.r_[np.arange(50) % 5, [-1] * 10])
-    centre = Preprocess(8, OPENAI_IMAGE_MEAN, OPENAI_IMAGE_STD).resize_and_crop(Numbered("apple", 50)[3].image)
+    centre = Preprocess(8).resize_and_crop(Numbered("apple", 50)[3].image)
     np.testing.assert_array_equal(joined["image"][3], centre)
 
 
 def test_evaluation_errors_are_named():
     with pytest.raises(UserError, match="apple, example 7: cannot read it"):
-        list(
-            evaluation_batches(
-                Numbered("apple", 50, broken=7, error=OSError), 12, Preprocess(8, OPENAI_IMAGE_MEAN, OPENAI_IMAGE_STD)
-            )
-        )
+        list(evaluation_batches(Numbered("apple", 50, broken=7, error=OSError), 12, Preprocess(8)))
 
 
 def test_digits_through_the_whole_pipeline():
-    (batch,) = take(1, sources=(Digits(),), weights=(1.0,), batch_size=64, image_resolution=32, context_length=16)
+    processing = {"preprocess": Preprocess(32), "tokenizer": OpenAITokenizer(16)}
+    (batch,) = take(1, sources=(Digits(),), weights=(1.0,), batch_size=64, **processing)
     assert len({image.tobytes() for image in batch["image"]}) == 64
     for text, row in zip(texts_of([batch]), batch["text"], strict=True):
         assert row[0] == 49406 and 49407 in row

@@ -6,7 +6,7 @@ import pytest
 
 from clip_jax.data import shapes
 from clip_jax.data.order import sample_generator
-from clip_jax.data.sources import evaluation_set, make_sources
+from clip_jax.data.sources import make_sources
 from clip_jax.errors import UserError
 
 
@@ -104,24 +104,24 @@ def test_the_picture_shows_what_its_scene_says(label):
 
 
 def test_the_data_set_holds_the_scenes_of_its_seed(data_dir):
-    source = evaluation_set("shapes", data_dir).source
+    (source,), _ = make_sources({"shapes": {"split": "held_out"}}, data_dir)
     prepared = {(example.image.tobytes(), example.captions) for example in map(source.__getitem__, range(32))}
     scenes = [draw(20_261_121, index, shapes.HELD_OUT[index % 8]) for index in range(32)]
     assert prepared == {(image.tobytes(), texts) for _, image, texts in scenes}
 
 
-def test_evaluation_sets_hold_the_right_pairs(data_dir):
-    held_out, seen = evaluation_set("shapes", data_dir), evaluation_set("shapes_seen", data_dir)
-    assert held_out.class_names == seen.class_names == shapes.CLASS_NAMES
-    assert {held_out.source[index].label for index in range(32)} == set(shapes.HELD_OUT)
-    assert {seen.source[index].label for index in range(4 * 56)} == set(shapes.SEEN)
+def test_splits_hold_the_right_pairs(data_dir):
+    for split, pairs in (("held_out", shapes.HELD_OUT), ("validation", shapes.SEEN)):
+        (source,), _ = make_sources({"shapes": {"split": split}}, data_dir)
+        assert source.class_names == shapes.CLASS_NAMES
+        assert {source[index].label for index in range(len(source))} == set(pairs)
     assert len(shapes.HELD_OUT) * shapes.SPLITS["held_out"][1] >= 800
 
 
 def test_a_second_use_finds_the_data_prepared(data_dir, capsys):
     path = Path(data_dir, "shapes", str(shapes.Shapes.VERSION))
     before = path.stat()
-    evaluation_set("shapes", data_dir)
+    shapes.prepared_builder(data_dir)
     assert path.stat() == before
     assert capsys.readouterr().out == ""
 

@@ -1,62 +1,20 @@
-import io
 import shutil
 import subprocess
 import sys
 
 import numpy as np
 import pytest
-import tensorflow_datasets as tfds
 from PIL import Image
 
+from clip_jax import cli
 from clip_jax.data.digits import Digits
-from clip_jax.data.sources import evaluation_set, make_sources
+from clip_jax.data.folder import LabelledFolder
+from clip_jax.data.sources import make_sources
 from clip_jax.errors import UserError
 
 
 def solid(value, size=(6, 5)):
     return Image.new("RGB", size, (value, value, value))
-
-
-class TinyPhotos(tfds.core.GeneratorBasedBuilder):
-    VERSION = tfds.core.Version("1.0.0")
-    url_infos = None
-
-    def _info(self):
-        caption = {"id": tfds.features.Scalar(np.int64), "text": tfds.features.Text()}
-        features = {
-            "image": tfds.features.Image(encoding_format="png"),
-            "image/filename": tfds.features.Text(),
-            "captions": tfds.features.Sequence(caption),
-            "title": tfds.features.Text(),
-            "label": tfds.features.ClassLabel(names=["cat", "dog"]),
-        }
-        return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
-
-    def _split_generators(self, _dl_manager):
-        return {"train": self._generate_examples(10), "test": self._generate_examples(4)}
-
-    def _generate_examples(self, count):
-        for index in range(count):
-            png = io.BytesIO()
-            solid(index).save(png, "PNG")
-            png.seek(0)
-            yield (
-                index,
-                {
-                    "image": png,
-                    "image/filename": f"{index}.png",
-                    "captions": [{"id": k, "text": f"Caption {k} of photo {index}: ä"} for k in range(2)],
-                    "title": f"Photo {index}",
-                    "label": index % 2,
-                },
-            )
-
-
-@pytest.fixture(scope="module")
-def photos_dir(tmp_path_factory):
-    directory = str(tmp_path_factory.mktemp("photos"))
-    TinyPhotos(data_dir=directory, file_format="array_record").download_and_prepare()
-    return directory
 
 
 def make_one(fields, data_dir=""):
@@ -91,8 +49,9 @@ def test_tfds_fields_can_be_named_and_splits_sliced(photos_dir):
         ({"name": "tiny_photos", "split": "dev"}, "no split 'dev'; it has train, test"),
         ({"name": "tiny_photos", "caption_field": "text"}, "Text field 'text'.*captions/text, image/filename, title"),
         ({"name": "tiny_photos", "label_field": "title"}, "no ClassLabel field 'title'"),
-        ({"name": "tiny_photos", "slpit": "train"}, "unexpected keyword argument 'slpit'; its fields: name"),
-        ({}, "missing a required argument: 'name'"),
+        ({"name": "tiny_photos", "slpit": "train"}, "data.tfds has no field 'slpit'; did you mean split"),
+        ({"slpit": "train"}, "data.tfds has no field 'slpit'; did you mean split"),
+        ({}, "data.tfds needs a name: give --config.data.tfds.name=NAME"),
     ],
 )
 def test_tfds_mistakes_are_named(photos_dir, fields, message):
@@ -108,14 +67,6 @@ def test_tfds_in_another_format_says_how_to_prepare(photos_dir, tmp_path):
         make_one({"name": "tiny_photos"}, str(tmp_path))
 
 
-def test_tfds_evaluation_sets(photos_dir):
-    for name, size in (("tiny_photos", 4), ("tiny_photos/train", 10), ("tiny_photos:1.0.0/train", 10)):
-        dataset = evaluation_set(name, photos_dir)
-        assert (dataset.name, dataset.class_names, len(dataset.source)) == (name, ("cat", "dog"), size)
-    with pytest.raises(UserError, match="not prepared"):
-        evaluation_set("tiny_images/test", photos_dir)
-
-
 def test_digits_split_is_fixed_and_stratified():
     train, test = Digits("train"), Digits("test")
     assert (len(train), len(test)) == (1442, 355)
@@ -124,7 +75,7 @@ def test_digits_split_is_fixed_and_stratified():
         assert (np.abs(np.bincount(labels) - 179.7 * share) < 5).all()
     pixels = [[digits[index].image.tobytes() for index in range(len(digits))] for digits in (train, test)]
     assert not set(pixels[0]) & set(pixels[1])
-    assert evaluation_set("digits").class_names[7] == "seven"
+    assert train.class_names[7] == "seven"
 
 
 def test_digits_images_are_scikit_learns():
@@ -161,13 +112,29 @@ def test_labelled_folder(tmp_path):
         solid(value).save(tmp_path / name)
     solid(9).save(tmp_path / "stray.png")
     (tmp_path / "empty").mkdir()
-    dataset = evaluation_set(str(tmp_path))
-    assert dataset.class_names == ("dog", "tabby cat")
-    assert sorted((e.label, np.asarray(e.image)[0, 0, 0]) for e in map(dataset.source.__getitem__, range(3))) == [
+    source = LabelledFolder(str(tmp_path))
+    assert source.class_names == ("dog", "tabby cat")
+    assert sorted((e.label, np.asarray(e.image)[0, 0, 0]) for e in map(source.__getitem__, range(3))) == [
         (0, 1),
         (0, 2),
         (1, 0),
     ]
+
+
+def test_what_other_systems_leave_behind_stops_no_run(tmp_path):
+    photos = tmp_path / "photos"
+    (photos / "x.jpg").mkdir(parents=True)
+    (photos / ".cache").mkdir()
+    solid(7).save(photos / "a.JPG")
+    (photos / "a.TXT").write_text("seven")
+    (photos / "._a.JPG").write_bytes(b"\x00\x05\x16\x07")  # the resource fork that macOS adds
+    solid(8).save(photos / ".cache" / "thumbnail.png")
+    (photos / "gone.png").symlink_to(tmp_path / "nowhere")
+    source = make_one({"kind": "folder", "path": str(photos)})
+    assert [source[index].captions for index in range(len(source))] == [("seven",)]
+    labelled = LabelledFolder(str(tmp_path))
+    assert labelled.class_names == ("photos",)
+    assert [labelled[index].image.size for index in range(len(labelled))] == [(6, 5)]
 
 
 def test_folder_mistakes_are_named(tmp_path):
@@ -175,7 +142,7 @@ def test_folder_mistakes_are_named(tmp_path):
     with pytest.raises(UserError, match="none is not a folder"):
         make_one(folder)
     with pytest.raises(UserError, match="none is not a folder"):
-        evaluation_set(str(tmp_path / "none"))
+        LabelledFolder(str(tmp_path / "none"))
     folder["path"] = str(tmp_path)
     with pytest.raises(UserError, match="holds no image"):
         make_one(folder)
@@ -189,7 +156,7 @@ def test_folder_mistakes_are_named(tmp_path):
     with pytest.raises(UserError, match=r"a.txt is not UTF-8 text \(byte 3\)"):
         make_one(folder)
     with pytest.raises(UserError, match="no class sub-folders"):
-        evaluation_set(str(tmp_path))
+        LabelledFolder(str(tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -198,12 +165,21 @@ def test_folder_mistakes_are_named(tmp_path):
         ({}, "names no source"),
         ({"shaeps": {}}, "unknown data source 'shaeps'; known are shapes, digits, folder, tfds"),
         ({"digits": {"split": "validation"}}, "train and test, got 'validation'"),
-        ({"digits": {"wieght": 2.0}}, "'wieght'"),
+        ({"digits": {"wieght": 2.0}}, "data.digits has no field 'wieght'; did you mean weight"),
+        ({"digits": {"weight": "much"}}, "data.digits.weight must be of type float, got 'much'"),
+        ({"digits": 3}, "data.digits must hold fields"),
+        ({"folder": {"path": ""}}, "data.folder needs a path: give --config.data.folder.path=PATH"),
+        ({"mine": {"kind": "folder"}}, "give --config.data.mine.path=PATH"),
     ],
 )
 def test_configuration_mistakes_are_named(config, message):
     with pytest.raises(UserError, match=message):
         make_sources(config)
+
+
+def test_a_config_whose_folder_was_forgotten_does_not_scan_the_current_one():
+    with pytest.raises(UserError, match=r"--config\.data\.folder\.path"):
+        make_sources(cli.load_config("vit_b32").data.to_dict())
 
 
 def test_weights_and_kinds():
@@ -220,8 +196,12 @@ def test_digits_folders_and_shapes_need_no_tensorflow(tmp_path, data_dir):
 import sys
 from clip_jax.data.pipeline import train_batches
 from clip_jax.data.sources import make_sources
+from clip_jax.processing import Preprocess
+from clip_jax.processing.tokenizers import OpenAITokenizer
 def batch(config):
-    next(train_batches(*make_sources(config, {data_dir!r}), seed=0, batch_size=2, image_resolution=8))
+    sources, weights = make_sources(config, {data_dir!r})
+    processing = {{"preprocess": Preprocess(8), "tokenizer": OpenAITokenizer()}}
+    next(train_batches(sources, weights, seed=0, batch_size=2, **processing))
 batch({{"digits": {{}}, "folder": {{"path": {str(tmp_path)!r}}}}})
 assert "tensorflow_datasets" not in sys.modules
 batch({{"shapes": {{}}}})

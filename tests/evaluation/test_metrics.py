@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from sklearn.metrics import balanced_accuracy_score, confusion_matrix, top_k_accuracy_score
 
+from clip_jax.errors import UserError
 from clip_jax.evaluation import metrics
 
 
@@ -42,3 +43,26 @@ def test_a_metric_that_does_not_exist_is_left_out(scores_and_labels):
     assert set(metrics.classification_metrics(scores, labels)) == {"acc1", "acc5", "mean_per_class_recall"}
     few = metrics.classification_metrics(scores[:, :3], np.minimum(labels, 2))
     assert set(few) == {"acc1", "mean_per_class_recall"}
+
+
+METRICS = (metrics.accuracy, metrics.mean_per_class_recall, metrics.confusion_matrix, metrics.classification_metrics)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_scores_that_are_not_finite_are_an_error(scores_and_labels, metric, value):
+    scores, labels = scores_and_labels
+    scores = scores.copy()
+    scores[3:5] = value
+    with pytest.raises(UserError, match="14 of 2,100 are NaN or infinite"):
+        metric(scores, labels)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("label", [-1, 7])
+def test_a_label_that_is_no_class_is_an_error(scores_and_labels, metric, label):
+    scores, labels = scores_and_labels
+    labels = labels.copy()
+    labels[2] = label
+    with pytest.raises(UserError, match=f"labels from 0 to 6, but 1 of 300 are not .{label} among"):
+        metric(scores, labels)

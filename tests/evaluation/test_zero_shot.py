@@ -1,5 +1,5 @@
+import dataclasses
 import functools
-from html.parser import HTMLParser
 
 import flax.linen as nn
 import jax
@@ -8,13 +8,12 @@ import pytest
 from PIL import Image
 
 from clip_jax.data.example import Example
-from clip_jax.data.sources import EvaluationSet
 from clip_jax.errors import UserError
-from clip_jax.evaluation.zero_shot import Encoders, zero_shot, zero_shot_classifier
+from clip_jax.evaluation.datasets import EVALUATION_SETS, Entry, EvaluationSet, evaluation_set
+from clip_jax.evaluation.zero_shot import make_encoders, zero_shot, zero_shot_classifier
 from clip_jax.models import CLIP, CLIPConfig, TextConfig
 from clip_jax.parallel import MeshConfig, make_partitioner
 from clip_jax.processing import tokenize
-from clip_jax.reports.zero_shot import write_report
 from tests import tiny
 
 CONFIG = CLIPConfig(32, tiny.VIT.vision, TextConfig(32, 2, 64, 1, context_length=16))
@@ -35,14 +34,18 @@ class Pictures:
         return Example(Image.fromarray(pixels), label=index % 3)
 
 
+PICTURES = EvaluationSet("pictures", Pictures(), CLASSES, TEMPLATES)
+
+
 @functools.cache
 def variables():
     images, tokens = np.zeros((1, 32, 32, 3), np.float32), np.zeros((1, 16), np.int32)
     return nn.unbox(jax.jit(CLIP(CONFIG).init)(jax.random.key(0), images, tokens))
 
 
+@functools.cache
 def encoders(devices):
-    return Encoders(CLIP(CONFIG), make_partitioner(MeshConfig(), jax.devices()[:devices]))
+    return make_encoders(CLIP(CONFIG), make_partitioner(MeshConfig(), jax.devices()[:devices]))
 
 
 def unit(x):
@@ -62,14 +65,25 @@ def test_the_classifier_averages_unit_vectors():
 
 @pytest.mark.parametrize("devices", [1, 8])
 def test_every_image_is_scored_once_and_in_order(devices):
-    dataset, model = EvaluationSet("pictures", Pictures(), CLASSES), CLIP(CONFIG)
-    result = zero_shot(encoders(devices), variables(), dataset, progress=False)
+    model = CLIP(CONFIG)
+    result = zero_shot(encoders(devices), variables(), PICTURES, progress=False)
     np.testing.assert_array_equal(result.labels, np.arange(10) % 3)
     preprocess = encoders(1).preprocess
     images = np.stack([preprocess(Pictures()[index].image) for index in range(10)])
     features = unit(np.asarray(model.apply(variables(), images, method=model.encode_image)))
-    classifier = zero_shot_classifier(encoders(1), variables(), CLASSES, result.templates)
+    classifier = zero_shot_classifier(encoders(1), variables(), CLASSES, TEMPLATES)
     np.testing.assert_allclose(result.scores, features @ classifier.T, atol=1e-5)
+
+
+def test_texts_go_through_the_models_own_tokenizer():
+    cased = CLIP(dataclasses.replace(CONFIG, text=dataclasses.replace(CONFIG.text, lowercase=False)))
+    texts = ["A DOG", "a dog"]
+    tokens = tokenize(texts, 16, lowercase=False)
+    expected = unit(np.asarray(cased.apply(variables(), tokens, method=cased.encode_text)))
+    own = make_encoders(cased, make_partitioner(MeshConfig(), jax.devices()[:1]))
+    got = own.encode_tokens(variables(), own.tokenizer(texts))
+    np.testing.assert_allclose(got, expected, atol=1e-6)
+    assert np.abs(got[0] - got[1]).max() > 0.1
 
 
 def test_a_class_name_that_does_not_fit_is_refused():
@@ -77,26 +91,50 @@ def test_a_class_name_that_does_not_fit_is_refused():
         zero_shot_classifier(encoders(1), variables(), ["word " * 30], TEMPLATES)
 
 
-def test_the_report_is_one_file_without_outside_references(tmp_path):
-    result = zero_shot(encoders(1), variables(), EvaluationSet("pictures", Pictures(), CLASSES), progress=False)
-    path = tmp_path / "new" / "report.html"
-    write_report(path, "A <title>", [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0}], [result])
+@pytest.mark.parametrize("tower", ["visual", "text"])
+def test_weights_that_are_nan_score_nothing(tower):
+    params = variables()["params"]
+    broken = {**params, tower: jax.tree.map(lambda x: np.full_like(x, np.nan), params[tower])}
+    with pytest.raises(UserError, match="pictures: expected finite scores, but 30 of 30 are NaN"):
+        zero_shot(encoders(1), {**variables(), "params": broken}, PICTURES, progress=False)
 
-    class Page(HTMLParser):
-        sources, text = [], []
 
-        def handle_starttag(self, tag, attributes):
-            self.sources += [value for key, value in attributes if key in ("src", "href")]
+def test_an_image_without_a_label_is_an_error():
+    class Unlabelled(Pictures):
+        def __getitem__(self, index):
+            return Example(super().__getitem__(index).image, label=None if index == 4 else 0)
 
-        def handle_data(self, data):
-            self.text.append(data)
+    dataset = EvaluationSet("pictures", Unlabelled(), CLASSES)
+    with pytest.raises(UserError, match="pictures: expected labels from 0 to 2, but 1 of 10 are not"):
+        zero_shot(encoders(1), variables(), dataset, progress=False)
 
-    page = Page()
-    page.feed(path.read_text())
-    wrong = int((result.scores.argmax(axis=1) != result.labels).sum())
-    samples = min(wrong, 4) + 10 - wrong  # a third of the twelve places at most are for mistakes
-    assert len(page.sources) == samples + 3  # and loss curve, similarity, confusion
-    assert all(source.startswith("data:image/png;base64,") for source in page.sources)
-    text = " ".join(page.text)
-    assert "A <title>" in text and "dog & <bone>" in text
-    assert f"{result.metrics['acc1']:.2%}" in text
+
+def test_an_evaluation_set_costs_one_entry(monkeypatch):
+    names = ("nought", *map(str, range(1, 10)))
+    entry = Entry({"kind": "digits", "split": "test"}, templates=("the digit {}",), class_names=names)
+    monkeypatch.setitem(EVALUATION_SETS, "numerals", entry)
+    result = zero_shot(encoders(8), variables(), evaluation_set("numerals"), progress=False)
+    assert (result.dataset.class_names, result.scores.shape) == (names, (355, 10))
+    classifier = zero_shot_classifier(encoders(8), variables(), names, ("the digit {}",))
+    image = encoders(8).preprocess.resize_and_crop(result.dataset.source[0].image)
+    np.testing.assert_allclose(
+        result.scores[:1], encoders(8).encode_images(variables(), image[None]) @ classifier.T, atol=1e-6
+    )
+
+
+def test_the_rules_of_the_config_reach_the_towers(monkeypatch):
+    constrain, seen = nn.with_logical_constraint, set()
+
+    def spy(x, axes):
+        seen.add(dict(nn.get_logical_axis_rules())["mlp"])
+        return constrain(x, axes)
+
+    monkeypatch.setattr(nn, "with_logical_constraint", spy)
+    images = tiny.images(CONFIG, 3)
+    features = {}
+    for rule in ("tensor", None):
+        seen.clear()
+        partitioner = make_partitioner(MeshConfig(tensor=2, rules={"mlp": rule, "batch": "data"}))
+        features[rule] = make_encoders(CLIP(CONFIG), partitioner).encode_images(variables(), images)
+        assert seen == {rule}
+    np.testing.assert_allclose(features[None], features["tensor"], atol=1e-6)

@@ -17,6 +17,21 @@ def test_a_config_survives_json(config):
     assert CLIPConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
 
 
+def with_text(**changes):
+    values = tiny.VIT.to_dict()
+    return CLIPConfig.from_dict({**values, "text": {**values["text"], **changes}})
+
+
+def test_a_description_of_an_older_version_opens():
+    """Written before image_interpolation, image_resize, image_resize_to, tokenizer and lowercase existed."""
+    values = tiny.VIT.to_dict()
+    for field in ("image_interpolation", "image_resize", "image_resize_to"):
+        del values[field]
+    for field in ("tokenizer", "lowercase"):
+        del values["text"][field]
+    assert CLIPConfig.from_dict(values) == tiny.VIT
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -26,8 +41,14 @@ def test_a_config_survives_json(config):
         (lambda: ResNetConfig(200, 64, (3, 4, 6, 3), 32), "multiple of the total stride"),
         (lambda: TextConfig(width=512, heads=8, mlp_width=0), "mlp_width must be at least 1"),
         (lambda: dataclasses.replace(tiny.VIT, activation="relu"), "one of quick_gelu, gelu"),
-        (lambda: CLIPConfig.from_dict({"embed_dim": 4}), "not a CLIP configuration"),
+        (lambda: CLIPConfig.from_dict({"embed_dim": 4}), "needs a value for vision: the image tower"),
         (lambda: CLIPConfig.from_dict({**tiny.VIT.to_dict(), "colour": 1}), "colour"),
+        (lambda: dataclasses.replace(tiny.VIT, image_interpolation="linear"), "image_interpolation must be one of"),
+        (lambda: dataclasses.replace(tiny.VIT, image_resize="longest"), "image_resize must be one of shortest, squash"),
+        (lambda: dataclasses.replace(tiny.VIT, image_resize_to=31), "at least the image_resolution, 32, got 31"),
+        (lambda: CLIPConfig.from_dict({**tiny.VIT.to_dict(), "image_resize_to": 40.5}), "image_resize_to"),
+        (lambda: with_text(tokenizer=["openai"]), "tokenizer"),
+        (lambda: with_text(lowercase="no"), "lowercase"),
         (lambda: Execution(dtype="float16"), "one of float32, bfloat16"),
         (lambda: Execution(attention="cudnn"), "bfloat16 only"),
     ],

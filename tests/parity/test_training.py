@@ -4,7 +4,6 @@ In float64 both compute the same functions to nine digits, whatever the CPU. In 
 then (1 % of a gradient) and grows from step to step, so it is followed for as long as it does not decide the result.
 """
 
-import dataclasses
 import math
 from typing import NamedTuple
 
@@ -98,7 +97,7 @@ def reference_run(name):
     config, settings = CONFIGS[name], SETTINGS[name]
     model = reference_model(config)
     adamw, losses = reference_adamw(model, settings), []
-    preprocess = Preprocess(config.vision.image_resolution, config.image_mean, config.image_std)
+    preprocess = Preprocess.from_config(config)
     for step, (images, tokens) in enumerate(batches(config), start=1):
         warm = min(step / settings.warmup_steps, 1.0)
         progress = max(step - settings.warmup_steps, 0) / (STEPS - settings.warmup_steps)
@@ -141,7 +140,7 @@ def reference_adamw(model, settings):
 
 
 def our_run(name, dtype, steps):
-    config, settings = CONFIGS[name], dataclasses.replace(SETTINGS[name], mu_dtype=dtype)
+    config, settings = CONFIGS[name], SETTINGS[name]
     partitioner = make_partitioner(MeshConfig(1, 1, 1), jax.devices()[:1])
     training = Training(CLIP(config, Execution(dtype=dtype)), make_optimizer(settings, STEPS), partitioner)
     variables = variables_of(reference_model(config).state_dict(), config)

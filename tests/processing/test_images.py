@@ -1,3 +1,4 @@
+import dataclasses
 import io
 import struct
 import warnings
@@ -11,8 +12,9 @@ import torch
 from PIL import Image
 
 from clip_jax.errors import UserError
-from clip_jax.models.config import OPENAI_IMAGE_MEAN, OPENAI_IMAGE_STD
-from clip_jax.processing.images import FORMATS, MAX_PIXELS, Preprocess, open_image, random_square_crop
+from clip_jax.models.config import INTERPOLATIONS
+from clip_jax.processing.images import FORMATS, MAX_PIXELS, Preprocess, open_image
+from tests import tiny
 
 
 def torchvision_pixels(image: Image.Image, n: int) -> Image.Image:
@@ -58,7 +60,7 @@ def saved(image: Image.Image, file_format: str, **options) -> bytes:
 
 
 def assert_equals_torchvision(image: Image.Image, resolution: int) -> None:
-    preprocess = Preprocess(resolution, OPENAI_IMAGE_MEAN, OPENAI_IMAGE_STD)
+    preprocess = Preprocess(resolution)
     expected = np.asarray(torchvision_pixels(image, resolution))
     pixels = preprocess.resize_and_crop(image)
     assert pixels.shape == (resolution, resolution, 3)
@@ -106,7 +108,7 @@ def test_exif_orientation_is_not_applied(tmp_path):
     assert image.size == (60, 40)
     with Image.open(path) as plain:
         np.testing.assert_array_equal(
-            Preprocess(32, OPENAI_IMAGE_MEAN, OPENAI_IMAGE_STD).resize_and_crop(image),
+            Preprocess(32).resize_and_crop(image),
             np.asarray(torchvision_pixels(plain, 32)),
         )
 
@@ -114,7 +116,7 @@ def test_exif_orientation_is_not_applied(tmp_path):
 def test_normalize_equals_torchvision_on_every_value_for_any_rank_and_under_jit():
     images = np.repeat(np.arange(256, dtype=np.uint8).reshape(2, 16, 8, 1), 3, axis=-1)
     expected = np.stack([torchvision_tensor(image) for image in images])
-    normalize = Preprocess(8, OPENAI_IMAGE_MEAN, OPENAI_IMAGE_STD).normalize
+    normalize = Preprocess(8).normalize
     assert isinstance(normalize(images), np.ndarray)
     np.testing.assert_array_equal(normalize(images), expected)
     np.testing.assert_array_equal(normalize(images[0, 0, 0]), expected[0, 0, 0])
@@ -129,6 +131,50 @@ def test_own_mean_and_std():
     np.testing.assert_array_equal(white, np.broadcast_to(np.float32([1.0, 0.75, 0.5]), (4, 4, 3)))
 
 
+@pytest.mark.parametrize("interpolation", INTERPOLATIONS)
+@pytest.mark.parametrize(("resize", "resize_to"), [("shortest", 0), ("shortest", 48), ("squash", 0), ("squash", 48)])
+def test_other_ways_to_resize(interpolation, resize, resize_to):
+    """Against torchvision's arithmetic, written out for one wide image: Resize(48) or Resize((48, 48)), CenterCrop."""
+    image = image_of("RGB", 200, 99)
+    side = resize_to or 32
+    size = (side, side) if resize == "squash" else (side * 200 // 99, side)
+    resized = np.asarray(image.resize(size, getattr(Image.Resampling, interpolation.upper())))
+    left, top = round((size[0] - 32) / 2), round((side - 32) / 2)
+    preprocess = Preprocess(32, interpolation=interpolation, resize=resize, resize_to=resize_to)
+    np.testing.assert_array_equal(preprocess.resize_and_crop(image), resized[top : top + 32, left : left + 32])
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+def test_squashed_pixels_equal_antialiased_interpolation(interpolation):
+    """torch's own filters, which share no code with Pillow, up to the rounding to whole numbers after each axis."""
+    pixels = noise(61, 47, 3)
+    found = Preprocess(24, interpolation=interpolation, resize="squash").resize_and_crop(Image.fromarray(pixels))
+    expected = torch.nn.functional.interpolate(
+        torch.tensor(pixels).permute(2, 0, 1)[None].double(), (24, 24), mode=interpolation, antialias=True
+    )
+    expected = expected[0].permute(1, 2, 0).clamp(0, 255).numpy()
+    np.testing.assert_allclose(found.astype(float), expected, rtol=0, atol=1.5)
+
+
+def test_from_config_takes_every_field_of_the_description():
+    config = dataclasses.replace(
+        tiny.VIT,
+        image_mean=(0.1, 0.2, 0.3),
+        image_std=(0.4, 0.5, 0.6),
+        image_interpolation="bilinear",
+        image_resize="squash",
+        image_resize_to=40,
+    )
+    expected = Preprocess(32, (0.1, 0.2, 0.3), (0.4, 0.5, 0.6), "bilinear", "squash", 40)
+    assert Preprocess.from_config(config) == expected
+    assert Preprocess.from_config(tiny.VIT) == Preprocess(32)
+
+
+def test_squashing_to_a_size_beyond_all_reason_is_refused():
+    with pytest.raises(UserError, match="elongated"):
+        Preprocess(32, resize="squash", resize_to=2**20).resize_and_crop(image_of("RGB", 5, 5))
+
+
 @pytest.mark.parametrize("size", [(24, 12), (12, 24)])
 def test_random_square_crop_reaches_every_place_evenly(size):
     image = image_of("RGB", *size)
@@ -137,7 +183,7 @@ def test_random_square_crop_reaches_every_place_evenly(size):
     rng = np.random.default_rng(0)
     counts = np.zeros(7)
     for _ in range(700):
-        crop = random_square_crop(image, 6, rng)
+        crop = Preprocess(6).resize_and_crop_randomly(image, rng)
         counts += [np.array_equal(crop, place) for place in places]
     assert counts.sum() == 700
     assert counts.min() > 60
@@ -146,14 +192,14 @@ def test_random_square_crop_reaches_every_place_evenly(size):
 def test_random_square_crop_is_a_function_of_the_generator():
     image = image_of("RGBA", 90, 30)
     rngs = np.random.default_rng(7), np.random.default_rng(7)
-    first, again = ([random_square_crop(image, 10, rng) for _ in range(3)] for rng in rngs)
+    first, again = ([Preprocess(10).resize_and_crop_randomly(image, rng) for _ in range(3)] for rng in rngs)
     np.testing.assert_array_equal(first, again)
     assert not np.array_equal(first[0], first[1])
     # A square has only one crop, the central one.
     square = image_of("P", 33, 33)
     np.testing.assert_array_equal(
-        random_square_crop(square, 10, np.random.default_rng(0)),
-        Preprocess(10, OPENAI_IMAGE_MEAN, OPENAI_IMAGE_STD).resize_and_crop(square),
+        Preprocess(10).resize_and_crop_randomly(square, np.random.default_rng(0)),
+        Preprocess(10).resize_and_crop(square),
     )
 
 
@@ -161,14 +207,14 @@ def test_random_square_crop_is_a_function_of_the_generator():
 def test_image_that_would_explode_or_is_empty_is_refused(size):
     image = Image.new("L", size)
     with pytest.raises(UserError, match=r"elongated|with pixels"):
-        Preprocess(224, OPENAI_IMAGE_MEAN, OPENAI_IMAGE_STD).resize_and_crop(image)
+        Preprocess(224).resize_and_crop(image)
     with pytest.raises(UserError, match=r"elongated|with pixels"):
-        random_square_crop(image, 224, np.random.default_rng(0))
+        Preprocess(224).resize_and_crop_randomly(image, np.random.default_rng(0))
 
 
 def test_mode_without_rgb_is_refused():
     with pytest.raises(UserError, match="got mode La"):
-        Preprocess(4, OPENAI_IMAGE_MEAN, OPENAI_IMAGE_STD).resize_and_crop(Image.new("La", (5, 5)))
+        Preprocess(4).resize_and_crop(Image.new("La", (5, 5)))
 
 
 @pytest.mark.parametrize("file_format", FORMATS)
@@ -178,16 +224,14 @@ def test_allowed_formats_open_from_path_and_bytes(file_format, tmp_path):
     path.write_bytes(content)
     expected = np.asarray(torchvision_pixels(Image.open(io.BytesIO(content)), 16))
     for source in (path, str(path), content):
-        np.testing.assert_array_equal(
-            Preprocess(16, OPENAI_IMAGE_MEAN, OPENAI_IMAGE_STD).resize_and_crop(open_image(source)), expected
-        )
+        np.testing.assert_array_equal(Preprocess(16).resize_and_crop(open_image(source)), expected)
 
 
 @pytest.mark.parametrize("file_format", ["GIF", "TIFF", "WEBP", "MPO"])
 def test_first_frame_of_several(file_format):
     frames = [Image.new("RGB", (20, 20), colour) for colour in ("red", "blue")]
     image = open_image(saved(frames[0], file_format, save_all=True, append_images=frames[1:]))
-    red, green, blue = Preprocess(4, OPENAI_IMAGE_MEAN, OPENAI_IMAGE_STD).resize_and_crop(image)[0, 0]
+    red, green, blue = Preprocess(4).resize_and_crop(image)[0, 0]
     assert red > 240 and green < 10 and blue < 10
 
 
@@ -256,7 +300,7 @@ def test_mutated_files_raise_nothing_but_user_errors(file_format):
         mutated = np.frombuffer(content, np.uint8).copy()
         mutated[rng.integers(0, min(len(mutated), 400), 4)] = rng.integers(0, 256, 4)
         try:
-            Preprocess(8, OPENAI_IMAGE_MEAN, OPENAI_IMAGE_STD)(open_image(mutated.tobytes()))
+            Preprocess(8)(open_image(mutated.tobytes()))
         except UserError:
             refused += 1
     assert refused

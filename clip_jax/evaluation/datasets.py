@@ -1,0 +1,104 @@
+"""The data sets that a model can be judged on. A new one costs an entry in `EVALUATION_SETS`."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from clip_jax.data.example import LabelledSource, Source
+from clip_jax.data.folder import LabelledFolder
+from clip_jax.data.sources import source_config
+from clip_jax.errors import UserError
+
+DEFAULT_TEMPLATES = ("a photo of a {}.",)  # the paper's, section 3.1.4
+_USUAL_SPLITS = ("test", "validation")
+
+
+@dataclass(frozen=True)
+class EvaluationSet:
+    """Labelled images, and the words that make a classifier.
+
+    Attributes:
+      name: what results call it.
+      source: the images with their labels.
+      class_names: in the order of the labels.
+      templates: sentences around a class name, whose embeddings are averaged (paper section 3.1.4).
+    """
+
+    name: str
+    source: Source
+    class_names: tuple[str, ...]
+    templates: tuple[str, ...] = DEFAULT_TEMPLATES
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What the project knows of an evaluation set.
+
+    Attributes:
+      source: its kind and fields, as in the `data` of a configuration.
+      templates: see `EvaluationSet`.
+      class_names: in place of the source's own.
+    """
+
+    source: Mapping[str, Any]
+    templates: tuple[str, ...] = DEFAULT_TEMPLATES
+    class_names: tuple[str, ...] = ()
+
+
+_SHAPES = ("{}", "a photo of {}", "a picture of {}", "an image of {}", "there is {}", "a drawing of {}")
+_DIGITS = ("a photo of the digit {}", "a handwritten {}", "the number {}", "a picture of the number {}")
+
+EVALUATION_SETS: dict[str, Entry] = {
+    "shapes": Entry({"kind": "shapes", "split": "held_out"}, _SHAPES),  # the pairs never trained on
+    "shapes_seen": Entry({"kind": "shapes", "split": "validation"}, _SHAPES),  # new images of the others
+    "digits": Entry({"kind": "digits", "split": "test"}, _DIGITS),
+}
+
+
+def accepted_names() -> str:
+    """What `evaluation_set` opens, in words."""
+    return (
+        f"one of {', '.join(EVALUATION_SETS)}, a folder with one sub-folder for each class, "
+        "or a prepared TFDS data set (NAME or NAME/SPLIT)"
+    )
+
+
+def evaluation_set(name: str, data_dir: str = "") -> EvaluationSet:
+    """Open a labelled data set to judge a model on.
+
+    Args:
+      name: one of `EVALUATION_SETS`, a folder with one sub-folder for each class, or a TFDS data set: NAME (its test
+        split, or else its validation split) or NAME/SPLIT.
+      data_dir: where TFDS keeps its data sets; "" is TFDS's own default, which `TFDS_DATA_DIR` sets.
+
+    Raises:
+      UserError: there is no such data set, or it has no labels.
+    """
+    entry = EVALUATION_SETS.get(name)
+    if entry is not None:
+        source = source_config(name, entry.source).open(data_dir)
+        class_names = entry.class_names or source.class_names
+        return EvaluationSet(name, source, class_names, entry.templates)
+    is_path = os.path.isdir(name) or name.startswith((".", os.sep))
+    source = LabelledFolder(name) if is_path else _open_tfds(name, data_dir)
+    return EvaluationSet(name, source, source.class_names)
+
+
+def _open_tfds(name: str, data_dir: str) -> LabelledSource:
+    """NAME or NAME/SPLIT, where NAME may hold slashes itself."""
+    from clip_jax.data import tfds_source  # imports TFDS
+
+    prefix, _, split = name.rpartition("/")
+    try:
+        builder = tfds_source.open_builder(name, data_dir)
+        split = next((usual for usual in _USUAL_SPLITS if usual in builder.info.splits), _USUAL_SPLITS[0])
+    except UserError:
+        try:
+            builder = tfds_source.open_builder(prefix or name, data_dir)
+        except UserError as error:
+            raise UserError(f"unknown evaluation set {name!r}: expected {accepted_names()}; {error}") from error
+    source = tfds_source.TfdsSource(builder, split)
+    if not source.class_names:
+        raise UserError(f"{source.name} has no field called label: zero-shot evaluation needs one")
+    return source

@@ -1,0 +1,225 @@
+"""A model is one thing: a folder that holds all there is to know about it.
+
+  FOLDER/description/clip_jax.json   architecture, image processing, tokenizer, digest of each array, format version
+  FOLDER/variables/                  the parameters, in Orbax's format
+
+Conversion writes it, and so does training at every checkpoint, with the training state beside it. Orbax restores
+flipped bits without a word; the digests, which also cover the description, do not let them pass.
+"""
+
+import hashlib
+import json
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from etils import epath
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from clip_jax.digests import digest, digests
+from clip_jax.errors import UserError
+from clip_jax.models import CLIPConfig, variable_shapes
+
+VERSION = 2
+DESCRIPTION, VARIABLES = "description", "variables"
+DESCRIPTION_FILE = "clip_jax.json"
+CHECKPOINTS, RUN_CONFIG, METRICS = "checkpoints", "config.json", "metrics.jsonl"  # of a workdir
+BEST = "@best"
+_MAX_JSON_BYTES = 16 * 2**20
+
+Description = tuple[CLIPConfig, Callable[[str, np.ndarray], bool]]
+
+
+def handlers() -> dict[str, Any]:
+    """Orbax's handlers of the folder's items."""
+    import orbax.checkpoint as ocp
+
+    # Compression would save a third of weights that were float16, and take several times as long to read.
+    variables = ocp.PyTreeCheckpointHandler(use_ocdbt=True, use_zarr3=False, use_compression=False)
+    return {DESCRIPTION: ocp.JsonCheckpointHandler(DESCRIPTION_FILE), VARIABLES: variables}
+
+
+def items(config: CLIPConfig, variables: Any, digests: Mapping[str, str]) -> dict[str, Any]:
+    """What to save of a model, by item."""
+    import orbax.checkpoint as ocp
+
+    description = {"version": VERSION, "model": config.to_dict(), "digests": digests}
+    description["sha256"] = _seal(description)
+    return {DESCRIPTION: ocp.args.JsonSave(description), VARIABLES: ocp.args.PyTreeSave(variables)}
+
+
+def write(folder: epath.PathLike, config: CLIPConfig, variables: Any) -> None:
+    """Write a model; the folder appears when it is complete.
+
+    Raises:
+      UserError: `folder` exists, or cannot be written.
+    """
+    import orbax.checkpoint as ocp
+
+    folder = absolute(folder)
+    if folder.exists():
+        raise UserError(f"{folder} exists already; remove it or choose another name")
+    flat = {path: np.asarray(array, np.float32) for path, array in flatten_dict(variables, sep="/").items()}
+    saved = items(config, unflatten_dict(flat, sep="/"), {path: digest(array) for path, array in flat.items()})
+    try:
+        with ocp.Checkpointer(ocp.CompositeCheckpointHandler(**handlers())) as checkpointer:
+            checkpointer.save(folder, args=ocp.args.Composite(**saved))
+    except OSError as error:
+        raise UserError(f"cannot write {folder}: {error}") from error
+
+
+def find(path: epath.PathLike) -> epath.Path | None:
+    """The model folder that `path` means: itself, the newest step of a workdir, or its best step (`WORKDIR@best`).
+
+    Raises:
+      UserError: a workdir without a finished checkpoint, or without an evaluated one where the best is asked for.
+    """
+    name = str(path)
+    folder = absolute(name.removesuffix(BEST))
+    if name.endswith(BEST) or (folder / CHECKPOINTS).is_dir():
+        return _step_of(folder, best=name.endswith(BEST))
+    is_model = (folder / DESCRIPTION).is_dir() or (folder / DESCRIPTION_FILE).is_file() or _has_run_config(folder)
+    return folder if is_model else None
+
+
+def read_config(folder: epath.PathLike) -> CLIPConfig:
+    """What the model in a folder is, without its parameters.
+
+    Raises:
+      UserError: the description is damaged, or of another version.
+    """
+    return _describe(absolute(folder))[0]
+
+
+def read(folder: epath.PathLike) -> tuple[CLIPConfig, Any]:
+    """The model in a folder: (config, variables as float32 NumPy arrays).
+
+    Raises:
+      UserError: of another version, damaged, or not the parameters that the description asks for.
+    """
+    folder = absolute(folder)
+    config, is_intact = _describe(folder)
+    shapes = {path: leaf.shape for path, leaf in flatten_dict(variable_shapes(config), sep="/").items()}
+    stored = {path: _open_array(folder, path) for path in shapes}
+    variables = {}
+    for path, shape in shapes.items():
+        try:
+            variables[path] = stored[path].result().read().result()
+        except ValueError as error:
+            raise UserError(f"{folder} is damaged: {path} cannot be read ({str(error)[:300]}); {_ADVICE}") from error
+        if variables[path].shape != shape or not is_intact(path, variables[path]):
+            raise UserError(f"{folder} is damaged: {path} is not what was written; {_ADVICE}")
+    return config, unflatten_dict(variables, sep="/")
+
+
+def _open_array(folder: epath.Path, path: str) -> Any:
+    """The future of one array in Orbax's format. Orbax reads all at once, and cannot say which of them is damaged."""
+    import tensorstore
+
+    folder_url = f"{folder}" if "://" in str(folder) else f"file://{folder}"
+    store = {"driver": "ocdbt", "base": f"{folder_url}/{VARIABLES}/", "path": path.replace("/", ".") + "/"}
+    return tensorstore.open({"driver": "zarr", "kvstore": store}, read=True)
+
+
+def best_step(workdir: epath.Path, steps: Sequence[int]) -> int | None:
+    """The one of `steps` whose top-1 accuracy, averaged over the evaluation sets, is highest; None if none has any."""
+    file = workdir / METRICS
+    lines = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    scores = {
+        line["step"]: np.mean(values) for line in lines if (values := [line[k] for k in line if k.endswith("/acc1")])
+    }
+    return max((step for step in steps if step in scores), key=lambda step: (scores[step], step), default=None)
+
+
+def check_digests(folder: epath.Path, variables: Any) -> None:
+    """Compare arrays that were restored onto devices with the folder's digests.
+
+    Raises:
+      UserError: an array is not what was written; the message names it.
+    """
+    expected = _load(folder).get("digests") if (folder / DESCRIPTION).is_dir() else None
+    if expected is not None:
+        found = digests(variables)
+        altered = sorted(path for path in found.keys() | expected.keys() if found.get(path) != expected.get(path))
+        if altered:
+            raise UserError(f"{folder} is damaged: {altered[0]} is not what was written; {_ADVICE}")
+
+
+def damage(folder: epath.Path, error: Exception) -> str:
+    """What to say of an exception that Orbax raised when reading."""
+    return f"{folder} is damaged ({type(error).__name__}: {str(error)[:300]}); {_ADVICE}"
+
+
+def absolute(path: epath.PathLike) -> epath.Path:
+    """A path as Orbax wants it; addresses such as gs://... stay as they are."""
+    path = epath.Path(path).expanduser()
+    return path if "://" in str(path) else path.resolve()
+
+
+_ADVICE = "convert it again, or take another checkpoint"
+
+
+def _step_of(workdir: epath.Path, best: bool) -> epath.Path:
+    import orbax.checkpoint as ocp
+
+    folder = workdir / CHECKPOINTS
+    steps = sorted(ocp.utils.checkpoint_steps(folder)) if folder.is_dir() else []
+    if not steps:
+        raise UserError(f"{workdir} holds no finished checkpoint yet; expected {folder}/STEP")
+    if not best:
+        return folder / str(steps[-1])
+    step = best_step(workdir, steps)
+    if step is None:
+        raise UserError(f"no checkpoint in {workdir} was evaluated, so none is best; leave {BEST} out for the newest")
+    return folder / str(step)
+
+
+def _describe(folder: epath.Path) -> Description:
+    """The config, and what tells whether an array of a path is what was written; of every version so far."""
+    if (folder / DESCRIPTION).is_dir():
+        values = _load(folder)
+        return CLIPConfig.from_dict(values["model"]), lambda path, array: values["digests"].get(path) == digest(array)
+    if (folder / DESCRIPTION_FILE).is_file():  # version 1, of conversion
+        values = _read_json(folder / DESCRIPTION_FILE, {"config", "crc32"})
+        return CLIPConfig.from_dict(values["config"]), lambda path, array: values["crc32"].get(path) == _crc32(array)
+    values = _read_json(folder.parent.parent / RUN_CONFIG, {"model"})  # before version 1, of training
+    return CLIPConfig.from_dict(values["model"]), lambda path, array: True
+
+
+def _load(folder: epath.Path) -> dict[str, Any]:
+    file = folder / DESCRIPTION / DESCRIPTION_FILE
+    values = _read_json(file, {"model", "digests", "sha256"})
+    if values.get("version") != VERSION:
+        raise UserError(f"{folder} is a model of version {values.get('version')!r}, this clip_jax reads {VERSION}")
+    if values["sha256"] != _seal(values):
+        raise UserError(f"{file} is damaged: it does not have the SHA-256 that it states; {_ADVICE}")
+    return values
+
+
+def _read_json(file: epath.Path, keys: set[str]) -> dict[str, Any]:
+    """A JSON object that has `keys`; all values but the SHA-256 are objects themselves."""
+    try:
+        text = file.read_text() if file.stat().length <= _MAX_JSON_BYTES else ""
+        values = json.loads(text)
+        wrong = [key for key in sorted(keys) if not isinstance(values[key], str if key == "sha256" else dict)]
+    except (OSError, ValueError, RecursionError, KeyError, TypeError) as error:
+        raise UserError(f"{file} is damaged ({type(error).__name__}: {error}); {_ADVICE}") from error
+    if wrong:
+        raise UserError(f"{file} is damaged: {wrong[0]} is a {type(values[wrong[0]]).__name__}; {_ADVICE}")
+    return values
+
+
+def _has_run_config(folder: epath.Path) -> bool:
+    in_workdir = folder.parent.name == CHECKPOINTS and (folder.parent.parent / RUN_CONFIG).is_file()
+    return in_workdir and (folder / VARIABLES).is_dir()
+
+
+def _seal(description: Mapping[str, Any]) -> str:
+    """SHA-256 of everything else in a description."""
+    rest = {key: value for key, value in description.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
+def _crc32(array: np.ndarray) -> int:
+    return zlib.crc32(np.ascontiguousarray(array, "<f4").reshape(-1).view(np.uint8))
