@@ -28,9 +28,9 @@ Tokens = Int[Array | np.ndarray, "texts length"]
 class CLIP(nn.Module):
     """The model of OpenAI's clip/model.py.
 
-    Images are float32 (batch, R, R, 3), normalised by the config's mean and std; tokens are int32 (batch,
-    context_length) as `tokenize` makes them. Variables: `params` (float32), and `batch_stats` if the image tower
-    is a ResNet; with `train=True` pass `mutable=["batch_stats"]` to `apply`.
+    Images are floats (batch, R, R, 3), normalised by the config's mean and std; tokens are int32 (batch,
+    context_length) as `tokenize` makes them. Variables: `params` (float32; float64 for proofs), and `batch_stats`
+    if the image tower is a ResNet; with `train=True` pass `mutable=["batch_stats"]` to `apply`.
 
     Attributes:
       config: what the model is.
