@@ -34,7 +34,7 @@ def main(argv: Sequence[str]) -> None:
     if not flags.workdir and not flags.plan:
         raise UserError("expected --workdir DIR to train in, or --plan TOPOLOGY; got neither")
     if flags.plan:
-        from clip_jax.planner.plan import main_plan
+        from clip_jax.planner.report import main_plan
 
         main_plan(config, flags.plan, flags.plan_output)
         return

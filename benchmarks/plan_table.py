@@ -12,7 +12,7 @@ from importlib import metadata
 from pathlib import Path
 
 from clip_jax.cli import load_config
-from clip_jax.planner.ahead_of_time import make_plan, use_compiler_only
+from clip_jax.planner.compile import make_plan, use_compiler_only
 from clip_jax.planner.topologies import GIB, parse_topology
 
 PLANS = Path(__file__).parent / "results" / "plans"
@@ -26,6 +26,7 @@ JOBS = {
     **{f"vit_b32_{topology}": ("vit_b32", topology, {}) for topology in ("v3-512", "v4-512", "v5p-512", "v6e-256")},
     "vit_b32_tpu7x-256": ("vit_b32", "tpu7x-256", {}),
     "vit_b32_2xv5e-256": ("vit_b32", "2xv5e-256", {}),
+    **{f"vit_b32_v5e-{chips}": ("vit_b32", f"v5e-{chips}", {"batch_size": 128 * chips}) for chips in (4, 16, 64)},
 }
 START, END = "<!-- plans -->", "<!-- end of plans -->"
 HEAD = (
@@ -68,8 +69,8 @@ def row(plan: dict) -> str:
     """One line of the table."""
     settings = plan["settings"]
     mesh = "x".join(str(settings[f"mesh.{axis}"]) for axis in ("data", "fsdp", "tensor"))
-    turn = f"block_tokens {settings['block_tokens']:,}, unroll {settings['unroll']}"
-    chosen = f"mesh {mesh}, remat {settings['remat']}, {turn}, microbatches {settings['microbatches']}"
+    loop = f"block_tokens {settings['block_tokens']:,}, unroll {settings['unroll']}"
+    chosen = f"mesh {mesh}, remat {settings['remat']}, {loop}, microbatches {settings['microbatches']}"
     gib = [f"{plan[f'hbm_bytes_{kind}'] / GIB:.2f}" for kind in ("arguments", "temporaries", "peak", "limit")]
     cells = [plan["model"], plan["topology"], f"{plan['global_batch']:,}", chosen, *gib]
     if plan["collectives"] is None:

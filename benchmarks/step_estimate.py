@@ -2,15 +2,16 @@
 
     python -m benchmarks.step_estimate [--topology v5e-256] [--batch_size 32768] [CONFIG ...]
 
-Compiles two steps a config (minutes each; no accelerator is needed) and prints a row of a Markdown table for each, as
-in benchmarks/results/step_estimate.md: blocks that work on a device's whole share, one a turn of the layer loop, and
-the config as it is. Memory is the compiler's fact, time an estimate (see clip_jax/training/hlo_cost.py).
+Compiles two steps per config (minutes each; no accelerator is needed) and prints a row of a Markdown table for each, as
+in benchmarks/results/step_estimate.md: blocks that work on a device's whole share, one per iteration of the layer loop,
+and the config as it is. Memory is the compiler's fact, time an estimate (see clip_jax/planner/schedule.py).
 """
 
 import argparse
 
 from clip_jax.cli import load_config
-from clip_jax.planner.ahead_of_time import Plan, make_plan, use_compiler_only
+from clip_jax.planner.compile import make_plan, use_compiler_only
+from clip_jax.planner.plan import Plan
 from clip_jax.planner.topologies import GIB, parse_topology
 
 WHOLE = {"block_tokens": "0", "unroll": "1"}

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from clip_jax import options
 from clip_jax.errors import UserError
+from clip_jax.platform import keep_libtpu_quiet
 
 if TYPE_CHECKING:
     from clip_jax.training.config import RunConfig
@@ -21,6 +22,7 @@ CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 
 def run(main: Callable[[Sequence[str]], int | None]) -> None:
     """Call `main(argv)` and exit: 0 (or what it returns), 2 with one line for a user's mistake."""
+    keep_libtpu_quiet()
     _say_events()
     mistake = None
     try:

@@ -22,8 +22,8 @@ def dot_product_attention(
     """softmax(query key^T / sqrt(head_dim)) value, the softmax in float32.
 
     Args:
-      query: one vector a query token and head.
-      key: one vector a key token and head.
+      query: one vector per query token and head.
+      key: one vector per key token and head.
       value: likewise.
       causal: a token attends to itself and to those before it only.
       implementation: see `Execution.attention`.
@@ -40,7 +40,7 @@ def dot_product_attention(
 
 
 class ToHeads(nn.Module):
-    """A linear map to one vector a head; PyTorch packs three of them into in_proj_weight."""
+    """A linear map to one vector per head; PyTorch packs three of them into in_proj_weight."""
 
     heads: int
     dtype: jnp.dtype

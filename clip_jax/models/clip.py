@@ -7,6 +7,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Sharding
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from clip_jax.errors import UserError
@@ -110,6 +112,25 @@ def normalize(features: Float[Array, "batch embed_dim"]) -> Float[Array, "batch 
     return features / jnp.linalg.norm(features, axis=-1, keepdims=True)
 
 
+def abstract_inputs(
+    config: CLIPConfig,
+    batch: int = 1,
+    image_dtype: DTypeLike = jnp.float32,
+    sharding: Sharding | None = None,
+) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
+    """Images (batch, R, R, 3) and int32 tokens (batch, context_length) as shapes, for whoever traces the model.
+
+    Args:
+      config: of the model.
+      batch: how many of each.
+      image_dtype: float32 as the model takes them, or uint8 as the train step does.
+      sharding: of both, on a mesh.
+    """
+    resolution = config.vision.image_resolution
+    images = jax.ShapeDtypeStruct((batch, resolution, resolution, 3), image_dtype, sharding=sharding)
+    return images, jax.ShapeDtypeStruct((batch, config.text.context_length), jnp.int32, sharding=sharding)
+
+
 def parameter_count(config: CLIPConfig) -> int:
     """How many trained numbers the model has, without making any."""
     return sum(leaf.size for leaf in jax.tree.leaves(variable_shapes(config)["params"]))
@@ -118,7 +139,4 @@ def parameter_count(config: CLIPConfig) -> int:
 @lru_cache(maxsize=4)
 def variable_shapes(config: CLIPConfig) -> Any:
     """The model's variables as `jax.ShapeDtypeStruct`s; nothing is allocated."""
-    resolution = config.vision.image_resolution
-    images = jax.ShapeDtypeStruct((1, resolution, resolution, 3), jnp.float32)
-    tokens = jax.ShapeDtypeStruct((1, config.text.context_length), jnp.int32)
-    return nn.unbox(jax.eval_shape(CLIP(config).init, jax.random.key(0), images, tokens))
+    return nn.unbox(jax.eval_shape(CLIP(config).init, jax.random.key(0), *abstract_inputs(config)))

@@ -47,7 +47,7 @@ class VisionTransformerConfig:
 
     @property
     def tokens(self) -> int:
-        """Sequence length: one token a patch, and the class token."""
+        """Sequence length: one token per patch, and the class token."""
         return (self.image_resolution // self.patch_size) ** 2 + 1
 
 
@@ -78,7 +78,7 @@ class ResNetConfig:
 
     @property
     def tokens(self) -> int:
-        """Sequence length of the attention pool: one token a cell of the last feature map, and their mean."""
+        """Sequence length of the attention pool: one token per cell of the last feature map, and their mean."""
         return (self.image_resolution // 32) ** 2 + 1
 
 
@@ -130,7 +130,7 @@ class CLIPConfig:
         for name in ("image_mean", "image_std"):
             values = getattr(self, name)
             if len(values) != 3 or not all(isinstance(value, int | float) for value in values):
-                raise UserError(f"{name} must be three numbers, one a colour, got {values!r}")
+                raise UserError(f"{name} must be three numbers, one per colour, got {values!r}")
         if not min(self.image_std) > 0:
             raise UserError(f"image_std must be above 0, got {self.image_std!r}")
         _check_choice("activation", self.activation, ACTIVATIONS)

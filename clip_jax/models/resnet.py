@@ -11,6 +11,7 @@ from jaxtyping import Array, Float
 
 from clip_jax.models.attention import ToHeads, dot_product_attention
 from clip_jax.models.config import Execution, ResNetConfig
+from clip_jax.models.convolution import convolve, pointwise
 from clip_jax.models.initializers import constant, normal, torch_linear
 
 EXPANSION = 4
@@ -32,7 +33,7 @@ class BatchNorm(nn.Module):
     def __call__(
         self, x: Float[Array, "batch height width channels"], train: bool
     ) -> Float[Array, "batch height width channels"]:
-        # A convolution comes before each: its kernel shall be gathered, where the partitioner might move activations.
+        # A convolution comes before each: the partitioner might move its activations rather than its kernel.
         x = nn.with_logical_constraint(x, ("batch", "height", "width", "features"))
         channels = x.shape[-1]
         running_mean = self.variable("batch_stats", "mean", jnp.zeros, (channels,))
@@ -78,15 +79,8 @@ def conv(features: int, kernel: int, fan_in: int, dtype: jnp.dtype, stride: int 
         use_bias=False,
         dtype=dtype,
         kernel_init=torch_linear(fan_in * kernel**2, "kernel_height", "kernel_width", "channels_in", "channels"),
-        conv_general_dilated=pointwise if kernel == 1 else None,
+        conv_general_dilated=pointwise if kernel == 1 else convolve,
     )
-
-
-def pointwise(
-    x: Float[Array, "batch height width _in"], kernel: Float[Array, "1 1 _in _out"], *_, precision, **__
-) -> Float[Array, "batch height width _out"]:
-    """A 1x1 convolution as the matrix product that it is: XLA on CPUs differentiates that several times as fast."""
-    return jnp.einsum("bhwi,io->bhwo", x, kernel[0, 0], precision=precision)
 
 
 def average_pool(

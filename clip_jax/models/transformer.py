@@ -17,11 +17,11 @@ from jaxtyping import Array, Float
 from clip_jax.models.attention import MultiheadAttention
 from clip_jax.models.config import Execution
 from clip_jax.models.initializers import BlockInitializers, constant, torch_linear
-from clip_jax.models.pieces import Apply, in_pieces, largest_divisor
+from clip_jax.models.shares import Apply, largest_divisor, on_each_share
 
 LAYER_NORM_EPSILON = 1e-5
 
-# Values of `Execution.remat` that act on a turn of the layer loop -> what `jax.checkpoint` keeps of it.
+# Values of `Execution.remat` that act on an iteration of the layer loop -> what `jax.checkpoint` keeps of it.
 POLICIES = {"full": None, "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
 
 
@@ -99,6 +99,10 @@ class Transformer(nn.Module):
     """A stack of residual attention blocks, executed by a scan over their stacked parameters.
 
     Returns the last block's output and, if `collect`, the outputs of all blocks stacked on a leading axis.
+
+    With `collect`, or where "intermediates" are mutable (`sow`, `capture_intermediates`), Flax runs the blocks; what
+    they sow is stacked. Otherwise `run_stack` does, as shares of the batch and loops over pieces of them have no
+    lifted form: there Flax's interceptors see the blocks' modules by their paths within a block.
     """
 
     layers: int
@@ -122,23 +126,20 @@ class Transformer(nn.Module):
             initializers=self.initializers,
             execution=self.execution,
         )
-        if self.is_initializing():
+        if collect or self.is_initializing() or self.is_mutable_collection("intermediates"):
             stack = nn.scan(
-                lambda block, x, _: (block(x), None),
-                variable_axes={"params": 0},
+                lambda block, x, _: (block(x),) * 2,
+                variable_axes={"params": 0, "intermediates": 0},
                 split_rngs={"params": True},
                 length=self.layers,
                 metadata_params={nn.PARTITION_NAME: "layers"},
             )
             return stack(make_block(name="resblocks"), x, None)
-        block = make_block(parent=None)
-        params = nn.unbox(self.variables["params"]["resblocks"])
+        block, params = make_block(parent=None), nn.unbox(self.variables["params"]["resblocks"])
 
         def apply(params: Any, x: Float[Array, "batch length width"]) -> Float[Array, "batch length width"]:
             return block.apply({"params": params}, x)
 
-        if collect:
-            return jax.lax.scan(lambda x, params: (apply(params, x),) * 2, x, params)
         return run_stack(apply, params, x, self.execution), None
 
 
@@ -146,22 +147,31 @@ def run_stack(
     apply: Apply, params: Any, x: Float[Array, "batch length width"], execution: Execution
 ) -> Float[Array, "batch length width"]:
     """`apply(params, x)` with the parameters of one block after another, executed as `execution` says."""
-    if execution.remat not in POLICIES and not execution.block_tokens:
-        return jax.lax.scan(lambda x, params: (apply(params, x), None), x, params, unroll=execution.unroll)[0]
     layers = jax.tree.leaves(params)[0].shape[0]
     blocks = largest_divisor(layers, at_most=execution.unroll)
 
-    def turn(params: Any, x: Float[Array, "batch length width"]) -> Float[Array, "batch length width"]:
+    def iteration(params: Any, x: Float[Array, "batch length width"]) -> Float[Array, "batch length width"]:
         for i in range(blocks):
             x = apply(jax.tree.map(itemgetter(i), params), x)
         return x
 
-    turn = rematerialised(turn, execution.remat)
-    if execution.block_tokens:
-        # Rematerialised once more, so that the backward pass gathers parameters again rather than keep them all.
-        turn = rematerialised(in_pieces(turn, execution.block_tokens), execution.remat)
+    on_share = on_each_share(rematerialised(iteration, execution.remat), execution.block_tokens)
+
+    def gathered(params: Any, x: Float[Array, "batch length width"]) -> Float[Array, "batch length width"]:
+        # Kernels travel as they are computed with. Not where pieces' gradients are added up: that is float32's task.
+        return on_share(params if execution.block_tokens else kernels_as(execution.compute_dtype, params), x)
+
+    # Once more, so that the backward pass gathers parameters again rather than keep them all.
+    layer = rematerialised(gathered, execution.remat)
     params = jax.tree.map(lambda leaf: leaf.reshape(-1, blocks, *leaf.shape[1:]), params)
-    return jax.lax.scan(lambda x, params: (turn(params, x), None), x, params)[0]
+    return jax.lax.scan(lambda x, params: (layer(params, x), None), x, params)[0]
+
+
+def kernels_as(dtype: jnp.dtype, params: Any) -> Any:
+    """The same parameters with matrices in `dtype`; gains and biases stay as they are."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: leaf.astype(dtype) if path[-1].key == "kernel" else leaf, params
+    )
 
 
 def rematerialised(function: Apply, remat: str) -> Apply:

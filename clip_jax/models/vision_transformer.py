@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from clip_jax.models.config import Execution, VisionTransformerConfig
+from clip_jax.models.convolution import convolve
 from clip_jax.models.initializers import normal, torch_linear, vision_block
 from clip_jax.models.transformer import Transformer, layer_norm
 
@@ -27,6 +28,7 @@ class VisionTransformer(nn.Module):
             padding="VALID",
             use_bias=False,
             dtype=dtype,
+            conv_general_dilated=convolve,
             kernel_init=torch_linear(3 * patch * patch, "kernel_height", "kernel_width", "channels_in", "embed"),
         )
         self.class_embedding = self.param("class_embedding", normal(std, "norm"), (config.width,))

@@ -1,5 +1,6 @@
 """Reading the text of a compiled, scheduled XLA program: its computations, their operations, its loops' trip counts."""
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -40,13 +41,27 @@ class Op:
         found = re.search(r'op_name="([^"]*)"', self.attributes)
         return found[1] if found else ""
 
+    @property
+    def callees(self) -> list[str]:
+        """The computations of a call, or the branches of a conditional."""
+        found = re.search(r"(?:to_apply|branch_computations)=\{?([^}=]*)", self.attributes)
+        both = re.findall(r"(?:true|false)_computation=%([\w.-]+)", self.attributes)
+        return re.findall(r"%([\w.-]+)", found[1]) if found else both
+
 
 @dataclass(frozen=True)
 class Program:
-    """A compiled program; `computations` map a name to operations in the order of execution."""
+    """A compiled program.
+
+    Attributes:
+      computations: name -> operations in the order of execution.
+      entry: the computation that the program starts with.
+      devices: how many run it together.
+    """
 
     computations: Mapping[str, tuple[Op, ...]]
     entry: str
+    devices: int
 
     def trip_count(self, loop: Op, computation: str) -> int | None:
         """How often a `while` of `computation` runs its body; None if the program does not say.
@@ -66,9 +81,26 @@ class Program:
         if counter.opcode != "get-tuple-element" or limit is None:
             return None
         outside = self._ops_of(computation)
-        initial = outside[outside[loop.operands[0]].operands[int(counter.attribute("index"))]]
-        start = _constant(initial, outside)
+        carried = outside[loop.operands[0]]
+        if carried.opcode != "tuple":
+            return None
+        start = _constant(outside[carried.operands[int(counter.attribute("index"))]], outside)
         return None if start is None else max(0, limit - start)
+
+    def group_size(self, collective: Op) -> int | None:
+        """How many devices take part in a collective together; None if its text is of an unknown form."""
+        text = collective.attributes.partition("replica_groups=")[2]
+        if text.startswith("{}"):
+            return self.devices
+        if listed := re.match(r"\{\{([\d,]+)\}", text):
+            return listed[1].count(",") + 1
+        if tiled := re.match(r"\[\d+,(\d+)\]<=", text):
+            return int(tiled[1])
+        if meshed := re.match(r"mesh\[(.*?)\][^{]*\{(.*?)\}", text):
+            sizes = dict(re.findall(r"'(\w+)'=(\d+)", meshed[1]))
+            axes = re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", meshed[2])
+            return math.prod(int(part or sizes[axis]) for axis, part in axes)
+        return None
 
     def _ops_of(self, computation: str) -> dict[str, Op]:
         return self._by_name[computation]
@@ -89,6 +121,7 @@ class Program:
 def parse(text: str) -> Program:
     """The program in `text`, as `Compiled.as_text()` gives it."""
     computations, current, entry = {}, None, ""
+    counts = re.findall(r"(?:replica_count|num_partitions)=(\d+)", text.partition("\n")[0])
     for line in text.splitlines():
         header = None if line.startswith(" ") else _COMPUTATION.match(line)
         if header:
@@ -97,7 +130,7 @@ def parse(text: str) -> Program:
         elif current is not None and (found := _OP.match(line)):
             operands, attributes = _split_operands(found["rest"])
             current.append(Op(found["name"], found["shape"], found["opcode"], operands, attributes))
-    return Program({name: tuple(ops) for name, ops in computations.items()}, entry)
+    return Program({name: tuple(ops) for name, ops in computations.items()}, entry, math.prod(map(int, counts)))
 
 
 def shape_bytes(shape: str) -> int:

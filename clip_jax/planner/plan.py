@@ -1,120 +1,108 @@
-"""`train.py --plan`: says what a run will need on a TPU slice before anyone pays for it, and what to change if it
-does not fit.
-"""
+"""The plan of a run: what one configuration needs on one TPU slice."""
 
 import dataclasses
-import json
-from pathlib import Path
+from dataclasses import dataclass
+from typing import Any
 
-from clip_jax.planner.ahead_of_time import Plan, make_plan, use_compiler_only
-from clip_jax.planner.topologies import GIB, parse_topology
+from clip_jax.models import parameter_count
+from clip_jax.planner.cost import CostEstimate
+from clip_jax.planner.flops import train_flops
+from clip_jax.planner.topologies import Topology
 from clip_jax.training.config import RunConfig
 
 
-def main_plan(config: RunConfig, topology_name: str, output: str | None = None) -> None:
-    """Prints the plan of a run; if it does not fit, also the first change found that makes it fit.
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one device while the step runs.
 
-    Args:
+    Attributes:
+      arguments: train state and batch.
+      temporaries: buffers of activations, gradients and everything else that lives within a step. They need not all
+        be alive at the peak, and some take the place of the donated state.
+      outputs: the new state and the metrics.
+      aliased: outputs that take the place of arguments (the donated state).
+      peak: the most that is alive at once, arguments included; this must fit.
+    """
+
+    arguments: int
+    temporaries: int
+    outputs: int
+    aliased: int
+    peak: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One configuration on one topology.
+
+    Attributes:
       config: the run.
-      topology_name: a Cloud name, such as `v5e-256` or `2xv5e-256`.
-      output: a JSON file to write `Plan.to_dict` to, with the change as `alternative`.
-
-    Raises:
-      UserError: unknown topology, no libtpu, or a batch that does not divide over the devices.
+      topology: where it would run.
+      memory: bytes per device.
+      cost: of one step, or None where the program is too large to be compiled.
+      compile_seconds: on this machine.
     """
-    topology = parse_topology(topology_name)
-    use_compiler_only()
-    plan = make_plan(config, topology)
-    print(describe(plan))
-    result = plan.to_dict()
-    if not plan.fits:
-        alternative = first_that_fits(plan)
-        print(describe_alternative(plan, alternative))
-        result["alternative"] = alternative.to_dict() if alternative else None
-    if output:
-        Path(output).write_text(json.dumps(result, indent=2) + "\n")
 
+    config: RunConfig
+    topology: Topology
+    memory: Memory
+    cost: CostEstimate | None
+    compile_seconds: float
 
-def first_that_fits(plan: Plan) -> Plan | None:
-    """Changes a plan that does not fit, step by step, and compiles every step; None if nothing is left to change."""
-    while config := next_change(plan):
-        plan = make_plan(config, plan.topology)
-        if plan.fits:
-            return plan
-    return None
+    @property
+    def fits(self) -> bool:
+        """Whether the compiler finds room for it."""
+        return self.cost is not None and self.memory.peak <= self.topology.device.hbm_limit
 
+    @property
+    def flops_per_example(self) -> int:
+        """Of the model's mathematics; see `flops.py`."""
+        return train_flops(self.config.model, self.config.batch_size)
 
-def next_change(plan: Plan) -> RunConfig | None:
-    """What to try where a plan does not fit, the cheapest in speed first: rematerialisation, fsdp, micro-batches.
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What decides memory and speed, under the names that the configuration gives it."""
+        sizes = self.config.mesh.resolve(self.devices // self.topology.slices)
+        mesh = dict(zip(("mesh.data", "mesh.fsdp", "mesh.tensor"), sizes, strict=True))
+        execution = dataclasses.asdict(self.config.execution)
+        return {"microbatches": self.config.microbatches, **execution, **mesh}
 
-    What cannot suffice is left out: fsdp splits the state and its gradients but no activations, and micro-batches
-    shrink the temporaries in proportion at most.
-    """
-    config, memory, limit = plan.config, plan.memory, plan.topology.device.hbm_limit
-    slices, microbatches = plan.topology.slices, config.microbatches
-    data, fsdp, _ = config.mesh.resolve(plan.devices // slices)
-    if config.execution.remat != "full":
-        return dataclasses.replace(config, execution=dataclasses.replace(config.execution, remat="full"))
-    if fsdp == 1 and data > 1 and memory.temporaries - memory.arguments < limit:
-        mesh = dataclasses.replace(config.mesh, data=1, fsdp=data)
-        return dataclasses.replace(config, mesh=mesh)
-    pieces = 2 * microbatches
-    while pieces < microbatches * memory.temporaries / limit:
-        pieces *= 2
-    if config.batch_size // (slices * data * fsdp) % pieces == 0:
-        return dataclasses.replace(config, microbatches=pieces)
-    return None
+    @property
+    def devices(self) -> int:
+        """JAX devices in all slices together."""
+        return self.topology.chips * self.topology.generation.devices_per_chip
 
+    @property
+    def mfu(self) -> float | None:
+        """Estimated model FLOPs utilisation, or None without a compiled program."""
+        flops = self.flops_per_example * self.config.batch_size / self.devices
+        return self.cost.mfu(flops, self.topology.device) if self.cost else None
 
-def describe(plan: Plan) -> str:
-    """The plan in words, for a terminal."""
-    config, topology, memory = plan.config, plan.topology, plan.memory
-    device, unit = topology.device, topology.generation.device_name
-    settings = ", ".join(f"{name}={value}" for name, value in plan.settings.items())
-    room = device.hbm_limit - memory.peak
-    verdict = f"fits, {room / GIB:.2f} GiB to spare" if plan.fits else f"does not fit: {-room / GIB:.2f} GiB too much"
-    lines = [
-        f"{config.name} on {topology.name}: {topology.chips} chips, batch {config.batch_size:,} "
-        f"({config.batch_size / plan.devices:,.0f} a {unit})",
-        f"  {settings}",
-        "",
-        f"Memory of a {unit} (the compiler's fact)",
-        f"  arguments: state and batch   {memory.arguments / GIB:8.2f} GiB",
-        f"  temporaries                  {memory.temporaries / GIB:8.2f} GiB",
-        f"  outputs in new memory        {(memory.outputs - memory.aliased) / GIB:8.2f} GiB",
-        f"  peak, alive at once          {memory.peak / GIB:8.2f} GiB of {device.hbm_limit / GIB:.2f}: {verdict}",
-    ]
-    return "\n".join([*lines, "", *_describe_cost(plan)] if plan.cost else lines)
-
-
-def _describe_cost(plan: Plan) -> list[str]:
-    cost, device, unit = plan.cost, plan.topology.device, plan.topology.generation.device_name
-    collectives = [
-        f"  {kind:28} {traffic.count:6,} times {traffic.bytes / GIB:8.3f} GiB"
-        for kind, traffic in sorted(cost.collectives.items())
-    ]
-    unknown = (
-        [f"  {cost.unknown_loops} loops have no known trip count and are counted once"] if cost.unknown_loops else []
-    )
-    parts = [f"  {kind:34} {seconds:9.4f} s" for kind, seconds in cost.seconds_by_kind().items()]
-    return [
-        f"Collectives in a step, results on one {unit} (the compiler's fact)",
-        *(collectives or ["  none"]),
-        "",
-        f"Time of a step (an estimate: the compiler's cycles x trip counts at {device.clock_hz / 1e9:g} GHz;",
-        "what has no cycles by bytes over bandwidth, a lower bound, as far as nothing else runs meanwhile)",
-        *parts,
-        *([unknown] if cost.unknown_loops else []),
-        f"  {'step':34} {cost.seconds:9.4f} s",
-        f"  {plan.config.batch_size / cost.seconds:,.0f} examples/s, {100 * plan.mfu:.1f}% MFU "
-        f"({plan.flops_per_example / 1e9:,.1f} GFLOP an example, peak {device.peak_flops / 1e12:g} TFLOP/s a {unit})",
-    ]
-
-
-def describe_alternative(plan: Plan, alternative: Plan | None) -> str:
-    """What to change so that it fits, in words."""
-    if alternative is None:
-        return "\nNothing tried makes it fit (remat=full, mesh.fsdp, microbatches): take more chips or a smaller batch."
-    before = plan.settings
-    flags = [f"--config.{name}={value}" for name, value in alternative.settings.items() if before[name] != value]
-    return f"\nIt fits with {' '.join(flags)}:\n\n{describe(alternative)}"
+    def to_dict(self) -> dict[str, Any]:
+        """As `--plan_output` writes it; what only a compiled program can tell is None without one."""
+        config, topology, memory, cost = self.config, self.topology, self.memory, self.cost
+        return {
+            "topology": topology.name,
+            "chips": topology.chips,
+            "devices": self.devices,
+            "global_batch": config.batch_size,
+            "model": config.name,
+            "parameters": parameter_count(config.model),
+            "settings": self.settings,
+            "hbm_bytes_limit": topology.device.hbm_limit,
+            "hbm_bytes_peak": memory.peak,
+            "hbm_bytes_arguments": memory.arguments,
+            "hbm_bytes_temporaries": memory.temporaries,
+            "hbm_bytes_outputs": memory.outputs,
+            "hbm_bytes_aliased": memory.aliased,
+            "fits": self.fits,
+            "flops_per_example": self.flops_per_example,
+            "estimated_step_seconds": cost and cost.seconds,
+            "estimated_seconds_by_kind": cost and cost.seconds_by_kind(),
+            "estimated_mfu": self.mfu,
+            "estimated_examples_per_second": cost and config.batch_size / cost.seconds,
+            "collectives": cost and {kind: traffic._asdict() for kind, traffic in cost.collectives.items()},
+            "unknown_loops": cost and len(cost.unknown_loops),
+            "unknown_groups": cost and len(cost.unknown_groups),
+            "compile_seconds": self.compile_seconds,
+        }

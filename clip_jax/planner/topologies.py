@@ -11,19 +11,19 @@ from clip_jax.errors import UserError
 GIB = 2**30
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Device:
     """What one JAX device of a TPU generation can do.
 
     Attributes:
-      peak_flops: bfloat16 floating point operations a second.
+      peak_flops: bfloat16 floating point operations per second.
       clock_hz: of its TensorCores. It is the peak over MXUs x 2 x side^2; on megacore chips (v4, v5p) the compiler
         counts cycles for both cores working together.
       hbm_limit: bytes that the compiler grants a program, from its own error message (libtpu 0.0.42).
-      hbm_bandwidth: bytes a second.
-      ici_bandwidth: bytes a second that it sends over all its links in the slice together.
+      hbm_bandwidth: bytes per second.
+      ici_bandwidth: bytes per second that it sends over all its links in the slice together.
       ici_links: how many links those are.
-      dcn_bandwidth: bytes a second that it sends to other slices, its share of the host's network.
+      dcn_bandwidth: bytes per second that it sends to other slices, its share of the host's network.
     """
 
     peak_flops: float
@@ -35,7 +35,7 @@ class Device:
     dcn_bandwidth: float
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Generation:
     """How slices of one TPU generation are named and built.
 
@@ -44,7 +44,7 @@ class Generation:
       libtpu_name: how the compiler calls the generation.
       chip_config: "megacore" where both TensorCores of a chip act as one device.
       dimensions: of the torus, 2 or 3.
-      cores_in_name: TensorCores a chip by which the number in a Cloud name counts (1: it counts chips).
+      cores_in_name: TensorCores per chip by which the number in a Cloud name counts (1: it counts chips).
       devices_per_chip: JAX devices.
       wraps_from: a side of at least this many chips, and a multiple of it, is closed to a ring.
       largest: chips of the largest slice.
@@ -71,28 +71,118 @@ class Generation:
 # v4 is not published; v5e's 25 Gbit/s is assumed.
 GENERATIONS = {
     "v3": Generation(
-        Device(61.5e12, 0.94e9, int(15.48 * GIB), 450e9, 164e9, 4, 1.56e9), "v3", "default", 2, 2, 2, 32, 1024
+        device=Device(
+            peak_flops=61.5e12,
+            clock_hz=0.94e9,
+            hbm_limit=int(15.48 * GIB),
+            hbm_bandwidth=450e9,
+            ici_bandwidth=164e9,
+            ici_links=4,
+            dcn_bandwidth=1.56e9,
+        ),
+        libtpu_name="v3",
+        chip_config="default",
+        dimensions=2,
+        cores_in_name=2,
+        devices_per_chip=2,
+        wraps_from=32,
+        largest=1024,
     ),
     "v4": Generation(
-        Device(275e12, 1.05e9, int(30.75 * GIB), 1200e9, 268e9, 6, 3.125e9), "v4", "megacore", 3, 2, 1, 4, 4096
+        device=Device(
+            peak_flops=275e12,
+            clock_hz=1.05e9,
+            hbm_limit=int(30.75 * GIB),
+            hbm_bandwidth=1200e9,
+            ici_bandwidth=268e9,
+            ici_links=6,
+            dcn_bandwidth=3.125e9,
+        ),
+        libtpu_name="v4",
+        chip_config="megacore",
+        dimensions=3,
+        cores_in_name=2,
+        devices_per_chip=1,
+        wraps_from=4,
+        largest=4096,
     ),
     "v5e": Generation(
-        Device(197e12, 1.5e9, int(15.75 * GIB), 819e9, 200e9, 4, 3.125e9), "v5e", "default", 2, 1, 1, 16, 256
+        device=Device(
+            peak_flops=197e12,
+            clock_hz=1.5e9,
+            hbm_limit=int(15.75 * GIB),
+            hbm_bandwidth=819e9,
+            ici_bandwidth=200e9,
+            ici_links=4,
+            dcn_bandwidth=3.125e9,
+        ),
+        libtpu_name="v5e",
+        chip_config="default",
+        dimensions=2,
+        cores_in_name=1,
+        devices_per_chip=1,
+        wraps_from=16,
+        largest=256,
     ),
     "v5p": Generation(
-        Device(459e12, 1.75e9, int(95.74 * GIB), 2765e9, 600e9, 6, 6.25e9), "v5", "megacore", 3, 2, 1, 4, 8960
+        device=Device(
+            peak_flops=459e12,
+            clock_hz=1.75e9,
+            hbm_limit=int(95.74 * GIB),
+            hbm_bandwidth=2765e9,
+            ici_bandwidth=600e9,
+            ici_links=6,
+            dcn_bandwidth=6.25e9,
+        ),
+        libtpu_name="v5",
+        chip_config="megacore",
+        dimensions=3,
+        cores_in_name=2,
+        devices_per_chip=1,
+        wraps_from=4,
+        largest=8960,
     ),
     "v6e": Generation(
-        Device(918e12, 1.75e9, int(31.25 * GIB), 1638e9, 400e9, 4, 12.5e9), "v6e", "default", 2, 1, 1, 16, 256
+        device=Device(
+            peak_flops=918e12,
+            clock_hz=1.75e9,
+            hbm_limit=int(31.25 * GIB),
+            hbm_bandwidth=1638e9,
+            ici_bandwidth=400e9,
+            ici_links=4,
+            dcn_bandwidth=12.5e9,
+        ),
+        libtpu_name="v6e",
+        chip_config="default",
+        dimensions=2,
+        cores_in_name=1,
+        devices_per_chip=1,
+        wraps_from=16,
+        largest=256,
     ),
     "tpu7x": Generation(
-        Device(1153.5e12, 2.2e9, int(94.75 * GIB), 3690e9, 300e9, 6, 6.25e9), "tpu7x", "default", 3, 2, 2, 4, 9216
+        device=Device(
+            peak_flops=1153.5e12,
+            clock_hz=2.2e9,
+            hbm_limit=int(94.75 * GIB),
+            hbm_bandwidth=3690e9,
+            ici_bandwidth=300e9,
+            ici_links=6,
+            dcn_bandwidth=6.25e9,
+        ),
+        libtpu_name="tpu7x",
+        chip_config="default",
+        dimensions=3,
+        cores_in_name=2,
+        devices_per_chip=2,
+        wraps_from=4,
+        largest=9216,
     ),
 }
 
 _NAME = re.compile(r"(?:(\d+)x)?(v3|v4|v5e|v5p|v6e|tpu7x)-(\d+)(?::(\d+(?:x\d+)+))?")
 KNOWN_FORMS = (
-    "v3-N, v4-N, v5p-N, tpu7x-N (N TensorCores, two a chip), v5e-N, v6e-N (N chips), with N a power of two; "
+    "v3-N, v4-N, v5p-N, tpu7x-N (N TensorCores, two per chip), v5e-N, v6e-N (N chips), with N a power of two; "
     "2xv5e-256 for two slices; v5p-384:4x4x12 to give a slice's shape in chips"
 )
 
@@ -154,7 +244,7 @@ def parse_topology(name: str) -> Topology:
     generation = GENERATIONS[family]
     chips, rest = divmod(int(number), generation.cores_in_name)
     if rest or not 1 <= chips <= generation.largest or int(slices or 1) < 1:
-        sizes = f"1 to {generation.largest * generation.cores_in_name}, counted in {generation.cores_in_name} a chip"
+        sizes = f"1 to {generation.largest * generation.cores_in_name}, counted in {generation.cores_in_name} per chip"
         raise UserError(f"there is no topology {name!r}: {family} slices have {sizes}; expected {KNOWN_FORMS}")
     sides = tuple(map(int, shape.split("x"))) if shape else _usual_shape(name, chips, generation.dimensions)
     topology = Topology(name, generation, int(slices or 1), sides)

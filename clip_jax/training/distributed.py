@@ -1,13 +1,12 @@
 """Joining the processes of a multi-host run."""
 
-import importlib.util
 import logging
 import os
-from pathlib import Path
 
 import jax
 
 from clip_jax.errors import UserError
+from clip_jax.platform import on_tpu_host
 
 
 def initialize(coordinator: str | None, processes: int | None, process_index: int | None) -> None:
@@ -33,15 +32,9 @@ def initialize(coordinator: str | None, processes: int | None, process_index: in
                 f"--process_index must be at least 0 and less than --processes {processes}, got {process_index}"
             )
         jax.distributed.initialize(coordinator, processes, process_index)
-    elif _on_tpu_host() or int(os.environ.get("SLURM_NTASKS", "1")) > 1:
+    elif on_tpu_host() or int(os.environ.get("SLURM_NTASKS", "1")) > 1:
         jax.distributed.initialize()
     else:
         return
     if jax.process_index() != 0:
         logging.getLogger("clip_jax").setLevel(logging.WARNING)
-
-
-def _on_tpu_host() -> bool:
-    """libtpu is installed and the chips' device files are there."""
-    devices = any(Path("/dev").glob("accel*")) or any(Path("/dev/vfio").glob("[0-9]*"))
-    return importlib.util.find_spec("libtpu") is not None and devices

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from clip_jax.losses import SOFTMAX, Loss
-from clip_jax.models import CLIP
+from clip_jax.models import CLIP, abstract_inputs
 from clip_jax.parallel import Partitioner
 
 
@@ -75,7 +75,7 @@ def abstract_state(training: Training) -> TrainState:
 
 def abstract_variables(model: CLIP, partitioner: Partitioner) -> dict[str, Any]:
     """Shapes, dtypes and shardings of the model's variables alone, for whoever only evaluates."""
-    return _abstract(jax.eval_shape(lambda key: _init(model, key), jax.random.key(0)), partitioner)
+    return _abstract(jax.eval_shape(model.init, jax.random.key(0), *abstract_inputs(model.config)), partitioner)
 
 
 def state_shardings(training: Training) -> TrainState:
@@ -95,7 +95,7 @@ def _boxed_init(training: Training):
     """key -> TrainState whose parameters and moments still carry their logical axis names."""
 
     def init(key: jax.Array) -> TrainState:
-        variables = _init(training.model, key)
+        variables = training.model.lazy_init(key, *abstract_inputs(training.model.config))
         params = training.loss.start(variables["params"])
         return TrainState(
             step=jnp.zeros((), jnp.int32),
@@ -105,9 +105,3 @@ def _boxed_init(training: Training):
         )
 
     return init
-
-
-def _init(model: CLIP, key: jax.Array) -> dict[str, Any]:
-    resolution, length = model.config.vision.image_resolution, model.config.text.context_length
-    images = jnp.zeros((1, resolution, resolution, 3), jnp.float32)
-    return model.init(key, images, jnp.zeros((1, length), jnp.int32))

@@ -17,7 +17,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from clip_jax.errors import UserError
-from clip_jax.models import CLIP, CLIPConfig, TextConfig
+from clip_jax.models import CLIPConfig, variable_shapes
 from clip_jax.models.text import TextTransformer
 
 # Path in our variables -> OpenAI's name, with "{layer}" where our blocks are stacked. The packed `in_proj` of
@@ -123,19 +123,14 @@ class Leaf:
 @lru_cache(maxsize=4)
 def leaves(config: CLIPConfig) -> tuple[Leaf, ...]:
     """The table for a whole model; shapes only, nothing is allocated."""
-    resolution = config.vision.image_resolution
-    images = jax.ShapeDtypeStruct((1, resolution, resolution, 3), jnp.float32)
-    return _table(jax.eval_shape(CLIP(config).init, jax.random.key(0), images, _tokens(config.text)))
+    return _table(variable_shapes(config))
 
 
 def text_leaves(text: TextTransformer) -> tuple[Leaf, ...]:
     """The table for a text tower alone, with the paths it has in a whole model."""
-    abstract = jax.eval_shape(text.init, jax.random.key(0), _tokens(text.config))
+    tokens = jax.ShapeDtypeStruct((1, text.config.context_length), jnp.int32)
+    abstract = jax.eval_shape(text.init, jax.random.key(0), tokens)
     return _table({"params": {"text": abstract["params"]}})
-
-
-def _tokens(config: TextConfig) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct((1, config.context_length), jnp.int32)
 
 
 def _table(abstract: Any) -> tuple[Leaf, ...]:

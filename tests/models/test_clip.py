@@ -109,6 +109,35 @@ def test_text_outputs_agree_with_encode_text():
     np.testing.assert_array_equal(outputs.pooled_output, np.asarray(outputs.last_hidden_state)[rows])
 
 
+def test_what_blocks_compute_can_be_captured():
+    model, variables, images = CLIP(tiny.VIT, Execution(remat="full")), init(tiny.VIT), floats(tiny.VIT, 2)
+
+    @jax.jit
+    def captured(variables):
+        only_blocks = lambda module, _: module.name == "resblocks"  # noqa: E731
+        return model.apply(variables, images, method=model.encode_image, capture_intermediates=only_blocks)
+
+    features, collections = captured(variables)
+    [blocks] = collections["intermediates"]["visual"]["transformer"]["resblocks"]["__call__"]
+    hidden = apply(tiny.VIT, variables, images, method=CLIP.image_hidden_states)
+    np.testing.assert_allclose(blocks, hidden[1:], atol=1e-5)
+    np.testing.assert_allclose(features, apply(tiny.VIT, variables, images, method=CLIP.encode_image), atol=1e-5)
+
+
+def test_interceptors_reach_the_blocks():
+    """An MLP that an interceptor silences adds nothing to the residual."""
+
+    def silence(next_method, args, kwargs, context):
+        result = next_method(*args, **kwargs)
+        return jnp.zeros_like(result) if type(context.module).__name__ in ("MLP", "MultiheadAttention") else result
+
+    model, variables, images = CLIP(tiny.VIT), init(tiny.VIT), floats(tiny.VIT, 2)
+    with nn.intercept_methods(silence):
+        silenced = model.apply(variables, images, method=model.encode_image)
+    embedded = model.bind(variables).visual.embed(jnp.asarray(images))
+    np.testing.assert_allclose(silenced, model.bind(variables).visual.pool(embedded), atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("config", "execution"),
     [

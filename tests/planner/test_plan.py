@@ -9,17 +9,19 @@ import pytest
 
 from clip_jax.cli import load_config
 from clip_jax.errors import UserError
-from clip_jax.planner import ahead_of_time, plan
-from clip_jax.planner.ahead_of_time import Memory, Plan, bytes_needed, make_plan
-from clip_jax.planner.hlo_cost import CostEstimate
+from clip_jax.models import parameter_count
+from clip_jax.parallel import MeshConfig
+from clip_jax.planner import alternatives, compile, report
+from clip_jax.planner.compile import bytes_needed, make_plan
+from clip_jax.planner.cost import CostEstimate, Traffic
+from clip_jax.planner.plan import Memory, Plan
 from clip_jax.planner.topologies import GIB, parse_topology
 from clip_jax.training.config import RunConfig
+from tests import tiny
 
 SLICE = parse_topology("v5e-8")
 ROOM = SLICE.device.hbm_limit
-COST = CostEstimate(cycles=3_000_000_000, compute_seconds=2.0, collective_seconds=0.5)
-COST.collective_counts["all-reduce"] += 3
-COST.collective_bytes["all-reduce"] += 2 * GIB
+COST = CostEstimate(compute_seconds=2.0, collective_seconds=0.5, collectives={"all-reduce": Traffic(3, 2 * GIB)})
 # What INTERFACE.md promises of --plan_output.
 KEYS = {
     *("topology", "chips", "global_batch", "model", "parameters", "fits", "flops_per_example", "compile_seconds"),
@@ -41,14 +43,15 @@ TOO_LARGE = Plan(CONFIG, SLICE, Memory(GIB, 40 * GIB, 0, 0, 41 * GIB), None, 1.0
 def virtual_slice(monkeypatch):
     """CPU devices, and their compiler, where a TPU slice was asked for."""
     devices = type("Topology", (), {"devices": jax.devices()[:8]})
-    monkeypatch.setattr(ahead_of_time.topologies, "get_topology_desc", lambda **_: devices)
+    monkeypatch.setattr(compile.topologies, "get_topology_desc", lambda **_: devices)
 
 
 def test_memory_of_the_very_step(virtual_slice):
-    made = make_plan(config_of(batch_size=64, remat="full", unroll=1), SLICE)
-    smaller = make_plan(config_of(batch_size=64, remat="full", unroll=1, **{"mesh.data": 1, "mesh.fsdp": 8}), SLICE)
-    state = 3 * 4 * ahead_of_time.parameter_count(CONFIG.model)  # parameters and two moments
-    batch = 64 // 8 * (32 * 32 * 3 + 24 * 4)
+    whole = dataclasses.replace(config_of(batch_size=64, remat="full", unroll=1), model=tiny.VIT)
+    made = make_plan(whole, SLICE)
+    smaller = make_plan(dataclasses.replace(whole, mesh=MeshConfig(data=1, fsdp=8)), SLICE)
+    state = 3 * 4 * parameter_count(tiny.VIT)  # parameters and two moments
+    batch = 64 // 8 * (32 * 32 * 3 + 16 * 4)
     assert made.memory.arguments == pytest.approx(state + batch, rel=1e-3)
     assert made.memory.aliased == pytest.approx(state, rel=1e-3)  # the old state's memory is used again
     assert state < made.memory.peak < 2 * state + made.memory.temporaries
@@ -65,9 +68,9 @@ def test_too_large_a_step_is_described_without_a_program(virtual_slice, monkeypa
         def compile(self):
             raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: ... Used 27.50G of 15.75G hbm. Exceeded by 11.75G.")
 
-    monkeypatch.setattr(ahead_of_time, "make_train_step", lambda *_: TooLarge())
+    monkeypatch.setattr(compile, "make_train_step", lambda *_: TooLarge())
     made = make_plan(CONFIG, SLICE)
-    state = 3 * 4 * ahead_of_time.parameter_count(CONFIG.model)
+    state = 3 * 4 * parameter_count(CONFIG.model)
     assert made.memory.peak == int(27.5 * GIB)
     assert made.memory.arguments == pytest.approx(state, rel=0.01)
     assert not made.fits
@@ -102,7 +105,7 @@ def test_output_has_the_promised_keys_and_consistent_numbers():
 
 def changed(arguments: float, temporaries: float, **overrides) -> tuple | None:
     memory = Memory(int(arguments * GIB), int(temporaries * GIB), 0, 0, int((arguments + temporaries) * GIB))
-    config = plan.next_change(Plan(config_of(**overrides), SLICE, memory, None, 1.0))
+    config = alternatives.next_change(Plan(config_of(**overrides), SLICE, memory, None, 1.0))
     return config and (config.execution.remat, config.mesh.fsdp, config.microbatches)
 
 
@@ -120,10 +123,25 @@ def test_changes_go_from_the_cheapest_and_leave_out_what_cannot_suffice():
 
 
 def test_the_printed_plan_tells_facts_from_estimates():
-    text = plan.describe(FITS)
+    text = report.describe(FITS)
     for words in ("the compiler's fact", "an estimate", "13.00 GiB of 15.75: fits, 2.75 GiB to spare", "all-reduce"):
         assert words in text
-    assert "does not fit: 25.25 GiB too much" in plan.describe(TOO_LARGE)
+    assert "does not fit: 25.25 GiB too much" in report.describe(TOO_LARGE)
+
+
+def test_the_printed_peak_is_explained():
+    """Its parts add up to more."""
+    assert "not all alive at the same time" in report.describe(FITS)
+    assert "not all alive" not in report.describe(TOO_LARGE)  # there the peak is their sum
+
+
+def test_what_the_program_does_not_say_is_printed_and_written():
+    cost = dataclasses.replace(COST, unknown_loops=frozenset(["while.1", "while.2"]), unknown_groups=frozenset(["ar"]))
+    made = dataclasses.replace(FITS, cost=cost)
+    text = report.describe(made)
+    assert "2 loops have no known trip count" in text and "1 collectives do not say who takes part" in text
+    assert (made.to_dict()["unknown_loops"], made.to_dict()["unknown_groups"]) == (2, 1)
+    assert "trip count:" not in report.describe(FITS) and "takes part" not in report.describe(FITS)
 
 
 @pytest.fixture
@@ -137,13 +155,14 @@ def compiler(monkeypatch):
         memory = Memory(GIB, GIB, GIB, GIB, 2 * GIB) if good else Memory(GIB, ROOM, 0, 0, ROOM + GIB)
         return Plan(config, topology, memory, COST if good else None, 1.0)
 
-    monkeypatch.setattr(plan, "make_plan", compile_plan)
-    monkeypatch.setattr(plan, "use_compiler_only", lambda: None)
+    for module in (report, alternatives):
+        monkeypatch.setattr(module, "make_plan", compile_plan)
+    monkeypatch.setattr(report, "use_compiler_only", lambda: None)
     return tried
 
 
 def test_names_the_first_change_that_fits(compiler, capsys, tmp_path):
-    plan.main_plan(CONFIG, "v5e-8", str(tmp_path / "plan.json"))
+    report.main_plan(CONFIG, "v5e-8", str(tmp_path / "plan.json"))
     assert len(compiler) == 3
     changes = "--config.remat=full --config.mesh.data=1 --config.mesh.fsdp=8"
     assert f"It fits with {changes}:" in capsys.readouterr().out
@@ -153,11 +172,11 @@ def test_names_the_first_change_that_fits(compiler, capsys, tmp_path):
 
 def test_says_so_when_nothing_fits(compiler, capsys):
     config = dataclasses.replace(CONFIG, mesh=dataclasses.replace(CONFIG.mesh, data=1, tensor=8), batch_size=3)
-    plan.main_plan(config, "v5e-8")
+    report.main_plan(config, "v5e-8")
     assert "take more chips or a smaller batch" in capsys.readouterr().out
 
 
 def test_a_missing_compiler_names_the_install_line(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"pip install -r requirements-tpu\.txt"):
-        plan.main_plan(CONFIG, "v5e-8")
+        report.main_plan(CONFIG, "v5e-8")

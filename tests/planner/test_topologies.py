@@ -40,7 +40,7 @@ def test_cloud_names(name, chips, shape, wrap):
         ("v5e-512", "1 to 256"),
         ("v5e-0", "1 to 256"),
         ("0xv5e-4", "expected"),
-        ("v4-7", "counted in 2 a chip"),
+        ("v4-7", "counted in 2 per chip"),
         ("v5p-384", "v5p-384:4x4x12"),
         ("v5p-384:4x4x8", "192 chips in 3 dimensions"),
         ("v5e-16:2x2x4", "16 chips in 2 dimensions"),

@@ -3,20 +3,22 @@
 import dataclasses
 import functools
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.extend.core import jaxprs_in_params
 
 from clip_jax.errors import UserError
 from clip_jax.losses import LOSSES
-from clip_jax.models import CLIP, Execution
+from clip_jax.models import CLIP, Execution, abstract_inputs
 from clip_jax.parallel import MeshConfig, make_partitioner
 from clip_jax.planner.hlo import parse
 from clip_jax.training.loop import to_devices
 from clip_jax.training.optimizer import OptimizerConfig, make_optimizer
-from clip_jax.training.state import Training, abstract_state, initial_state
+from clip_jax.training.state import Training, abstract_state, abstract_variables, initial_state
 from clip_jax.training.step import encode, make_train_step
 from tests import tiny
 
@@ -56,7 +58,7 @@ def test_a_vit_learns_the_same_on_every_mesh(sizes):
 
 
 def test_a_resnet_normalises_over_the_global_batch():
-    # All collectives are over all devices here: XLA's CPU devices can wait for each other in vain where the statistics'
+    # All collectives are over all devices here: XLA's CPU devices can lock each other out where the statistics'
     # sums, over all, and the text tower's gathers, over pairs, are independent.
     check_same_as_on_one_device(tiny.RESNET, (1, 8, 1))
 
@@ -66,6 +68,45 @@ def test_blocks_in_pieces_of_each_share_learn_the_same(sizes):
     """Shares of 4 examples in pieces of 2 images and 2 captions."""
     tokens = 2 * max(tiny.VIT.vision.tokens, tiny.TEXT.context_length)
     check_same_as_on_one_device(tiny.VIT, sizes, Execution(block_tokens=tokens, remat="full"))
+
+
+@pytest.mark.parametrize("block_tokens", [0, 1])
+def test_blocks_run_on_gathered_parameters(block_tokens):
+    """What goes into a block on every device: its whole matrices, 2 bytes an entry where no pieces are added up."""
+    model = CLIP(tiny.VIT, Execution("bfloat16", remat="full", block_tokens=block_tokens))
+    partitioner = over(1, 4, 2)
+    variables = abstract_variables(model, partitioner)
+    images, _ = abstract_inputs(tiny.VIT, BATCH)
+
+    def loss(params, images):
+        return model.apply({"params": params}, images, method=model.encode_image).astype(jnp.float32).sum()
+
+    with partitioner.active():
+        jaxpr = jax.make_jaxpr(jax.grad(loss))(variables["params"], images).jaxpr
+    forward = next(equation for equation in jaxpr.eqns if equation.primitive.name == "scan")
+    kept = [variable.aval.shape for variable in forward.outvars[forward.params["num_carry"] :]]
+    assert kept == [(2, BATCH, 17, 64)]  # each block's input, and no gathered parameter
+    [share] = equations(forward.params["jaxpr"].jaxpr, "shard_map")
+    kernels = [x.aval for x in share.invars if x.aval.shape == (1, 64, 256)]
+    assert {x.dtype for x in kernels} == {jnp.dtype("float32" if block_tokens else "bfloat16")}
+
+
+def equations(jaxpr, primitive):
+    """Those of a primitive, in whatever they are nested."""
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == primitive:
+            yield equation
+        for inner in jaxprs_in_params(equation.params):
+            yield from equations(inner, primitive)
+
+
+@pytest.mark.parametrize("block_tokens", [0, 1])
+def test_a_batch_that_devices_cannot_share_is_encoded_all_the_same(block_tokens):
+    model, tokens = CLIP(tiny.VIT, Execution(block_tokens=block_tokens)), tiny.tokens(tiny.VIT, 3)
+    variables = nn.unbox(jax.jit(lambda key: model.lazy_init(key, *abstract_inputs(tiny.VIT)))(jax.random.key(0)))
+    encode_text = functools.partial(model.apply, method=model.encode_text)
+    got = over(2, 2, 1).jit(encode_text)(variables, tokens)
+    np.testing.assert_allclose(got, jax.jit(encode_text)(variables, tokens), atol=1e-5)
 
 
 def test_pieces_add_their_gradients_up_before_devices_do():

@@ -1,0 +1,29 @@
+"""Which machine this is, as far as JAX has to be told."""
+
+import importlib.util
+import os
+from pathlib import Path
+
+# Told all this, libtpu neither asks a Cloud machine's metadata server who it is, nor complains when nobody answers.
+WITHOUT_TPU = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_MIN_LOG_LEVEL": "3",
+}
+
+
+def on_tpu_host() -> bool:
+    """libtpu is installed and the chips' device files are there."""
+    devices = any(Path("/dev").glob("accel*")) or any(Path("/dev/vfio").glob("[0-9]*"))
+    return importlib.util.find_spec("libtpu") is not None and devices
+
+
+def keep_libtpu_quiet() -> None:
+    """Where libtpu is installed for planning only, JAX tries it first; let that be short and silent.
+
+    Call it before JAX touches a device. Other accelerators are found as ever, and what the user has set stays.
+    """
+    if not on_tpu_host():
+        for name, value in WITHOUT_TPU.items():
+            os.environ.setdefault(name, value)
