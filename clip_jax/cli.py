@@ -136,9 +136,7 @@ class _HelpConfig(argparse.Action):
 
         print("Fields of a config file; --config.FIELD=VALUE overrides one. A resumed run may change those with a *.")
         print("Those without a value here must be given where their group is.\n")
-        print(options.describe(RunConfig))
-        for kind, source in SOURCES.items():
-            print(options.describe(source, f"data.{kind}"))
+        print(options.describe({"": RunConfig, **{f"data.{kind}": source for kind, source in SOURCES.items()}}))
         parser.exit()
 
 

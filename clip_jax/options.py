@@ -122,14 +122,14 @@ def kept_values(config: Any, prefix: str = "") -> dict[str, Any]:
     return values
 
 
-def describe(cls: type, name: str = "") -> str:
-    """Every option with its type, default and help, group by group; for a terminal.
+def describe(groups: Mapping[str, type]) -> str:
+    """Every option with its type, default and help, for a terminal.
 
     Args:
-      cls: a dataclass.
-      name: dotted, of the group that it describes, if any; its docstring is then the title.
+      groups: dataclasses by the names that their options begin with, without the last dot.
     """
-    sections = list(_sections(cls, name, name and f"{name}: {cls.__doc__}"))
+    titles = {name: f"{name}: {cls.__doc__}" if name else "" for name, cls in groups.items()}
+    sections = [section for name, cls in groups.items() for section in _sections(cls, name, titles[name])]
     names = max(len(name) for _, rows in sections for name, _, _ in rows)
     kinds = min(30, max(len(kind) for _, rows in sections for _, kind, _ in rows))
     lines = []

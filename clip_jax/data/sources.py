@@ -3,23 +3,27 @@
 A new kind costs one class and its line in `SOURCES`.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from clip_jax import options
 from clip_jax.data.digits import Digits
 from clip_jax.data.example import Cached, Source
 from clip_jax.data.folder import CaptionedFolder
 from clip_jax.errors import UserError
-from clip_jax.options import option
+from clip_jax.options import from_dict, option
 
 
 @dataclass(frozen=True, kw_only=True)
 class SourceConfig:
     """What every kind of source has."""
 
-    weight: float = option(1.0, "how often it is drawn from, relative to the other sources")
+    weight: float = option(1.0, "how often it is drawn from, relative to the others")
+
+    def __post_init__(self):
+        if not 0 < self.weight < math.inf:
+            raise UserError(f"weight must be above 0, got {self.weight}")
 
     def open(self, data_dir: str) -> Source:
         """The data; `data_dir` is where TFDS keeps its data sets, "" its own default."""
@@ -52,11 +56,12 @@ class DigitsConfig(SourceConfig):
 class FolderConfig(SourceConfig):
     """Images in a folder, each with its captions in a text file beside it."""
 
-    path: str = option(help="the folder of images")
+    path: str = option(help="of the folder")
 
     def __post_init__(self):
+        super().__post_init__()
         if not self.path:
-            raise UserError("path is empty; name the folder of images, as in --config.data.folder.path=PATH")
+            raise UserError("path is empty; name the folder, as in --config.data.folder.path=PATH")
 
     def open(self, data_dir: str) -> Source:
         return CaptionedFolder(self.path)
@@ -70,7 +75,7 @@ class TfdsConfig(SourceConfig):
     split: str = option("train", "one of its splits, or a slice of one, such as train[:90%]")
     data_dir: str = option("", "where it was prepared; empty for the run's data_dir")
     image_field: str = option("", "its field with the images; empty for the one called image")
-    caption_field: str = option("", "its field with the captions; empty for captions, caption or text")
+    caption_field: str = option("", "its field with the captions; empty for the one called captions, caption or text")
     label_field: str = option("", "its field with the labels; empty for the one called label")
 
     def open(self, data_dir: str) -> Source:
@@ -121,10 +126,10 @@ def source_config(name: str, values: Any) -> SourceConfig:
     Raises:
       UserError: an unknown kind, or a field that is unknown, missing or of another type; the message names it.
     """
-    if not isinstance(values, Mapping):
-        raise UserError(f"data.{name} must hold fields, like {{'weight': 1.0}}; got {values!r}")
-    values = dict(values)
-    kind = values.pop("kind", name)
-    if kind not in SOURCES:
+    kind = name
+    if isinstance(values, Mapping):
+        values = dict(values)
+        kind = values.pop("kind", name)
+    if kind not in list(SOURCES):
         raise UserError(f"unknown data source {kind!r}; known are {', '.join(SOURCES)}")
-    return options.from_dict(SOURCES[kind], values, "the config", f"data.{name}.")
+    return from_dict(SOURCES[kind], values, f"data.{name}")

@@ -49,9 +49,9 @@ def test_tfds_fields_can_be_named_and_splits_sliced(photos_dir):
         ({"name": "tiny_photos", "split": "dev"}, "no split 'dev'; it has train, test"),
         ({"name": "tiny_photos", "caption_field": "text"}, "Text field 'text'.*captions/text, image/filename, title"),
         ({"name": "tiny_photos", "label_field": "title"}, "no ClassLabel field 'title'"),
-        ({"name": "tiny_photos", "slpit": "train"}, "has no field 'data.tfds.slpit'; did you mean data.tfds.split"),
-        ({"slpit": "train"}, "has no field 'data.tfds.slpit'; did you mean data.tfds.split"),
-        ({}, "needs a value for data.tfds.name: as TFDS spells it"),
+        ({"name": "tiny_photos", "slpit": "train"}, "data.tfds has no field 'slpit'; did you mean split"),
+        ({"slpit": "train"}, "data.tfds has no field 'slpit'; did you mean split"),
+        ({}, "data.tfds needs a value for name: as TFDS spells it"),
     ],
 )
 def test_tfds_mistakes_are_named(photos_dir, fields, message):
@@ -165,11 +165,13 @@ def test_folder_mistakes_are_named(tmp_path):
         ({}, "names no source"),
         ({"shaeps": {}}, "unknown data source 'shaeps'; known are shapes, digits, folder, tfds"),
         ({"digits": {"split": "validation"}}, "train and test, got 'validation'"),
-        ({"digits": {"wieght": 2.0}}, "has no field 'data.digits.wieght'; did you mean data.digits.weight"),
-        ({"digits": {"weight": "much"}}, "data.digits.weight must be of type float, like 0.1; got 'much'"),
-        ({"digits": 3}, "data.digits must hold fields"),
-        ({"folder": {"path": ""}}, "path is empty; name the folder of images, as in --config.data.folder.path=PATH"),
-        ({"mine": {"kind": "folder"}}, "needs a value for data.mine.path: the folder of images"),
+        ({"digits": {"wieght": 2.0}}, "data.digits has no field 'wieght'; did you mean weight"),
+        ({"digits": {"weight": "much"}}, "data.digits: weight must be of type float, like 0.1; got 'much'"),
+        ({"digits": {"weight": -1.0}}, "data.digits: weight must be above 0, got -1.0"),
+        ({"digits": 3}, "data.digits must hold the fields weight, split; got 3"),
+        ({"folder": {"path": ""}}, "data.folder: path is empty; name the folder, as in --config.data.folder.path=PATH"),
+        ({"mine": {"kind": "folder"}}, "data.mine needs a value for path"),
+        ({"mine": {"kind": ["folder"]}}, "unknown data source"),
     ],
 )
 def test_configuration_mistakes_are_named(config, message):
