@@ -14,6 +14,7 @@ the other formats. Code in files is never executed.
 import argparse
 from collections.abc import Sequence
 
+import installed  # noqa: F401  (first: it says what to do where the requirements are missing)
 from clip_jax import cli
 from clip_jax.errors import UserError
 from clip_jax.models.config import ACTIVATIONS

@@ -1,7 +1,7 @@
 """Evaluate a CLIP model without training it for the task: zero-shot classification.
 
 python evaluate.py --config vit_b32 --datasets imagenet_v2 --output results.json
-python evaluate.py --config demo --weights runs/demo --report report.html
+python evaluate.py --weights runs/demo --datasets shapes,digits --report report.html
 """
 
 import argparse
@@ -10,9 +10,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import installed  # noqa: F401  (first: it says what to do where the requirements are missing)
 from clip_jax import cli
 from clip_jax.errors import UserError
 from clip_jax.evaluation.datasets import accepted_names, evaluation_set
+from clip_jax.weights import available_models
 
 
 def main(argv: Sequence[str]) -> None:
@@ -20,55 +22,74 @@ def main(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--weights",
-        help="an official name (ViT-B/32), a weights file, a converted checkpoint or a training workdir; "
-        "default: the official weights of the config's name",
+        metavar="W",
+        help="an official name (ViT-B/32), a file of weights, a model folder of any known format, a training workdir "
+        "(its newest step; WORKDIR@best; a step's folder) or a name on the hub (ORG/NAME); default: the official "
+        "weights of the config's name",
     )
-    parser.add_argument(
-        "--datasets",
-        metavar="A,B,C",
-        help=f"{accepted_names()}; default: the config's eval_datasets",
-    )
+    parser.add_argument("--datasets", metavar="A,B,C", help=f"{accepted_names()}; default: the config's eval_datasets")
     parser.add_argument("--output", metavar="FILE.json", help="write the results here, in CLIP_benchmark's format")
     parser.add_argument("--report", metavar="FILE.html", help="write a page with pictures here")
-    flags, values = cli.parse(parser, argv)
+    flags, config = cli.parse(parser, argv, needs_config=False)
+    weights = flags.weights or official_name(config)
+    names = flags.datasets.split(",") if flags.datasets else config.eval_datasets if config else ()
+    if not names:
+        raise UserError(f"expected --datasets A,B,C, each {accepted_names()}")
 
-    from clip_jax.evaluation.zero_shot import make_encoders, zero_shot
-    from clip_jax.models import CLIP
-    from clip_jax.parallel import make_partitioner
-    from clip_jax.training.config import RunConfig
-    from clip_jax.training.state import abstract_variables
+    from clip_jax.evaluation.zero_shot import zero_shot
 
-    config = RunConfig.from_dict(values.to_dict())
-    names = flags.datasets.split(",") if flags.datasets else config.eval_datasets
-    datasets = [evaluation_set(name, config.data_dir) for name in names]
-    weights = flags.weights or config.name
-    model, partitioner = CLIP(config.model, config.execution), make_partitioner(config.mesh)
-    variables = load_weights(weights, config, abstract_variables(model, partitioner))
-    encoders = make_encoders(model, partitioner)
+    datasets = [evaluation_set(name, config.data_dir if config else "") for name in names]
+    encoders, variables = load_encoders(weights, config)
     results = [zero_shot(encoders, variables, dataset) for dataset in datasets]
     for result in results:
         print(f"{result.dataset.name}: " + ", ".join(f"{key} {value:.4f}" for key, value in result.metrics.items()))
+    model = config.name if config else weights
     if flags.output:
-        rows = [benchmark_row(result, config.name, weights) for result in results]
+        rows = [benchmark_row(result, model, weights) for result in results]
         Path(flags.output).write_text(json.dumps(rows, indent=2, allow_nan=False) + "\n")
     if flags.report:
         from clip_jax.reports.zero_shot import write_report
         from clip_jax.training.metrics import read_metrics
 
-        write_report(flags.report, f"clip_jax: {config.name}", read_metrics(weights), results)
+        write_report(flags.report, f"clip_jax: {model}", read_metrics(weights), results)
         print(f"report: {flags.report}")
 
 
-def load_weights(weights: str, config: Any, like: Any) -> Any:
-    """The variables that --weights names, sharded like `like`; they must be those of the config's model."""
+def official_name(config: Any) -> str:
+    """What to evaluate where --weights is not given."""
+    if config is None:
+        raise UserError("expected --weights W, or --config NAME for the official weights of a model; got neither")
+    if config.name not in available_models():
+        raise UserError(
+            f"{config.name} is not an official model, so --weights must say what to evaluate: the workdir that "
+            f"train.py wrote, for example --weights runs/{config.name}"
+        )
+    return config.name
+
+
+def load_encoders(weights: str, config: Any) -> tuple[Any, Any]:
+    """The model that --weights names, ready to run as the config says, and its variables on the mesh."""
     import jax
 
+    from clip_jax.evaluation.zero_shot import make_encoders
+    from clip_jax.models import CLIP, Execution
+    from clip_jax.options import kept_values
+    from clip_jax.parallel import MeshConfig, make_partitioner
+    from clip_jax.training.state import abstract_variables
     from clip_jax.weights import load_variables
 
-    model_config, variables = load_variables(weights)
-    if model_config != config.model:
-        raise UserError(f"{weights} holds another model than the config {config.name}: {model_config}")
-    return jax.device_put(variables, jax.tree.map(lambda leaf: leaf.sharding, like))
+    architecture, variables = load_variables(weights)
+    if config and architecture != config.model:
+        found, expected = kept_values(architecture), kept_values(config.model)
+        name = next(name for name in sorted({*found, *expected}) if found.get(name) != expected.get(name))
+        raise UserError(
+            f"{weights} holds another model than the config {config.name}: its {name} is {found.get(name)!r}, the "
+            f"config's {expected.get(name)!r}; leave --config out"
+        )
+    model = CLIP(architecture, config.execution if config else Execution())
+    partitioner = make_partitioner(config.mesh if config else MeshConfig())
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_variables(model, partitioner))
+    return make_encoders(model, partitioner), jax.device_put(variables, shardings)
 
 
 def benchmark_row(result: Any, model: str, pretrained: str) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import argparse
 from collections.abc import Sequence
 from typing import Any
 
+import installed  # noqa: F401  (first: it says what to do where the requirements are missing)
 from clip_jax import cli
 from clip_jax.errors import UserError
 
@@ -34,15 +35,14 @@ def main(argv: Sequence[str]) -> None:
         raise UserError("expected --workdir DIR to train in, or --plan TOPOLOGY; got neither")
     if flags.plan:
         from clip_jax.planner.report import main_plan
-        from clip_jax.training.config import RunConfig
 
-        main_plan(RunConfig.from_dict(config.to_dict()), flags.plan, flags.plan_output)
+        main_plan(config, flags.plan, flags.plan_output)
         return
     from clip_jax.training.distributed import initialize
     from clip_jax.training.run import run
 
     initialize(flags.coordinator, flags.processes, flags.process_index)
-    run(config.to_dict(), flags.workdir, zero_shot_evaluation)
+    run(config, flags.workdir, zero_shot_evaluation if config.eval_datasets else None)
 
 
 def zero_shot_evaluation(config: Any, training: Any) -> Any:

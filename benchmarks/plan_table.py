@@ -11,10 +11,9 @@ import json
 from importlib import metadata
 from pathlib import Path
 
-from clip_jax.cli import load_config, override
+from clip_jax.cli import load_config
 from clip_jax.planner.compile import make_plan, use_compiler_only
 from clip_jax.planner.topologies import GIB, parse_topology
-from clip_jax.training.config import RunConfig
 
 PLANS = Path(__file__).parent / "results" / "plans"
 PAGE = Path(__file__).parent.parent / "docs" / "pods.md"
@@ -49,8 +48,8 @@ def main() -> None:
         file = PLANS / f"{name}.json"
         if flags.again or not file.exists():
             config, topology, overrides = JOBS[name]
-            values = override(load_config(config), [(field, str(value)) for field, value in overrides.items()])
-            plan = make_plan(RunConfig.from_dict(values.to_dict()), parse_topology(topology))
+            values = {field: str(value) for field, value in overrides.items()}
+            plan = make_plan(load_config(config, values), parse_topology(topology))
             file.write_text(json.dumps(plan.to_dict(), indent=1) + "\n")
         write_table()
 

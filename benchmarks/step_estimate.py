@@ -9,11 +9,10 @@ and the config as it is. Memory is the compiler's fact, time an estimate (see cl
 
 import argparse
 
-from clip_jax.cli import load_config, override
+from clip_jax.cli import load_config
 from clip_jax.planner.compile import make_plan, use_compiler_only
 from clip_jax.planner.plan import Plan
 from clip_jax.planner.topologies import GIB, parse_topology
-from clip_jax.training.config import RunConfig
 
 WHOLE = {"block_tokens": "0", "unroll": "1"}
 HEAD = (
@@ -34,8 +33,8 @@ def main() -> None:
     print(HEAD)
     for name in flags.configs:
         for changes in (WHOLE, {}):
-            values = override(load_config(name), [*changes.items(), ("batch_size", flags.batch_size)])
-            print(row(name, make_plan(RunConfig.from_dict(values.to_dict()), topology)), flush=True)
+            config = load_config(name, {**changes, "batch_size": flags.batch_size})
+            print(row(name, make_plan(config, topology)), flush=True)
 
 
 def row(name: str, plan: Plan) -> str:

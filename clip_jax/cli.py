@@ -1,18 +1,21 @@
-"""What the three scripts share: reading a config file with overrides, and turning mistakes into exit code 2."""
+"""What the scripts share: reading a config file with overrides, saying events, and mistakes as exit code 2."""
 
 import argparse
-import ast
-import difflib
 import importlib.util
+import logging
 import sys
-from collections.abc import Callable, Sequence
+import traceback
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
-from ml_collections import ConfigDict
-
+from clip_jax import options
 from clip_jax.errors import UserError
 from clip_jax.platform import keep_libtpu_quiet
+
+if TYPE_CHECKING:
+    from clip_jax.training.config import RunConfig
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 
@@ -20,31 +23,42 @@ CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 def run(main: Callable[[Sequence[str]], int | None]) -> None:
     """Call `main(argv)` and exit: 0 (or what it returns), 2 with one line for a user's mistake."""
     keep_libtpu_quiet()
+    _say_events()
+    mistake = None
     try:
         code = main(sys.argv[1:])
     except UserError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        code = 2
+        mistake, code = " ".join(str(error).split()), 2
     except KeyboardInterrupt:
         code = 130
+    if mistake:  # said only now that the exception is gone, and with it the progress bars that its frames kept open
+        print(f"error: {mistake}", file=sys.stderr)
     sys.exit(code)
 
 
-def parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> tuple[argparse.Namespace, ConfigDict]:
-    """Parse flags, load the config that --config names and apply every --config.field=value.
+def parse(
+    parser: argparse.ArgumentParser, argv: Sequence[str], needs_config: bool = True
+) -> tuple[argparse.Namespace, "RunConfig | None"]:
+    """Parse flags, load the config that --config names (if any) and apply every --config.field=value.
 
     Raises:
       UserError: unknown config, misspelt field, or a value of the wrong type.
     """
     parser.add_argument(
         "--config",
-        required=True,
+        required=needs_config,
         metavar="NAME",
         help=f"a file in configs/ without .py ({', '.join(config_names())}) or a path; "
         "--config.FIELD=VALUE overrides one value, for example --config.optimizer.learning_rate=1e-4",
     )
+    parser.add_argument(
+        "--help_config", action=_HelpConfig, nargs=0, help="print every field of a config, with its default"
+    )
     flags, rest = parser.parse_known_args(argv)
-    return flags, override(load_config(flags.config), _assignments(rest, parser))
+    overrides = _assignments(rest, parser)
+    if overrides and not flags.config:
+        raise UserError(f"--config.{next(iter(overrides))} overrides a value of a config; give --config NAME too")
+    return flags, load_config(flags.config, overrides) if flags.config else None
 
 
 def config_names() -> list[str]:
@@ -52,80 +66,88 @@ def config_names() -> list[str]:
     return sorted(path.stem for path in CONFIGS.glob("*.py") if path.stem != "__init__")
 
 
-def load_config(name: str) -> ConfigDict:
-    """The configuration that a file's `get_config()` returns; the file is Python and is run.
+def load_config(name: str, overrides: Mapping[str, str] | None = None) -> "RunConfig":
+    """The run that a config file describes; the file is Python and is run.
+
+    Args:
+      name: of a file in configs/, or a path that ends in .py.
+      overrides: from dotted names of options to the text of their values.
 
     Raises:
-      UserError: there is no such file, or it has no get_config.
+      UserError: there is no such file, it cannot be run, or a field is unknown, missing, or of another type.
     """
+    from clip_jax.training.config import RunConfig
+
+    values, origin = _file_values(name), f"config {name}"
+    for field, text in (overrides or {}).items():
+        values = options.override(RunConfig, values, field, text, origin)
+    return options.from_dict(RunConfig, values, origin)
+
+
+def _file_values(name: str) -> dict[str, Any]:
+    """The plain values of what a config file's get_config() returns."""
+    from ml_collections import ConfigDict
+
     path = Path(name) if name.endswith(".py") else CONFIGS / f"{name}.py"
     if not path.is_file() or (not name.endswith(".py") and name not in config_names()):
         raise UserError(f"unknown config {name!r}; expected a path or one of {', '.join(config_names())}")
+    try:
+        config = _module(path).get_config()
+        values = config.to_dict() if isinstance(config, ConfigDict) else None
+    except Exception as error:
+        raise UserError(f"{_place(error, path)}: {type(error).__name__}: {error}") from error
+    if values is None:
+        raise UserError(f"{path}: get_config() must return an ml_collections.ConfigDict, got {config!r:.100}")
+    return values
+
+
+def _module(path: Path) -> ModuleType:
     spec = importlib.util.spec_from_file_location(f"clip_jax_config_{path.stem}", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    if not hasattr(module, "get_config"):
-        raise UserError(f"{path} has no function get_config()")
-    return module.get_config()
+    return module
 
 
-def override(config: ConfigDict, assignments: Sequence[tuple[str, str]]) -> ConfigDict:
-    """A copy of `config` with some fields replaced; values take the type of what they replace.
-
-    Raises:
-      UserError: unknown field (with the nearest ones), or a value that is not of the field's type.
-    """
-    config = config.copy_and_resolve_references()
-    for field, text in assignments:
-        fields = _fields(config)
-        if field not in fields:
-            near = difflib.get_close_matches(field, fields, n=3) or sorted(fields)
-            raise UserError(f"the config has no field {field!r}; did you mean {', '.join(near)}?")
-        parent, _, leaf = field.rpartition(".")
-        node = config
-        for name in parent.split(".") if parent else ():
-            node = node[name]
-        with node.ignore_type():
-            node[leaf] = _parse_like(fields[field], text, field)
-    return config
+def _place(error: Exception, path: Path) -> str:
+    """FILE:LINE of the last line of `path` on the way to `error`; FILE if there is none."""
+    if isinstance(error, SyntaxError):
+        return f"{error.filename}:{error.lineno}"
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
+    return f"{path}:{lines[-1]}" if lines else str(path)
 
 
-def _assignments(rest: Sequence[str], parser: argparse.ArgumentParser) -> list[tuple[str, str]]:
-    """["--config.a=1", "--config.b", "2"] -> [("a", "1"), ("b", "2")]."""
-    pairs, arguments = [], iter(rest)
+def _assignments(rest: Sequence[str], parser: argparse.ArgumentParser) -> dict[str, str]:
+    """["--config.a=1", "--config.b", "2"] -> {"a": "1", "b": "2"}."""
+    pairs, arguments = {}, iter(rest)
     for argument in arguments:
         if not argument.startswith("--config."):
             parser.error(f"unrecognized argument: {argument}")
         field, equals, value = argument.removeprefix("--config.").partition("=")
-        pairs.append((field, value if equals else next(arguments, "")))
+        pairs[field] = value if equals else next(arguments, "")
     return pairs
 
 
-def _fields(config: ConfigDict, prefix: str = "") -> dict[str, Any]:
-    """Every field by its dotted name; groups of fields too, which a literal such as {'digits': {}} replaces."""
-    fields = {}
-    for key, value in config.items():
-        fields[prefix + key] = value
-        if isinstance(value, ConfigDict):
-            fields.update(_fields(value, f"{prefix}{key}."))
-    return fields
+class _HelpConfig(argparse.Action):
+    """--help_config: print every field of a config, and exit."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        from clip_jax.training.config import RunConfig
+
+        print("Fields of a config file; --config.FIELD=VALUE overrides one. A resumed run may change those with a *.")
+        print("Those without a value here must be given where their group is.\n")
+        print(options.describe(RunConfig))
+        parser.exit()
 
 
-def _parse_like(old: Any, text: str, field: str) -> Any:
-    """`text` as a value of the type of `old`; None gives way to anything."""
-    if isinstance(old, str):
-        return text
-    try:
-        value = ast.literal_eval({"true": "True", "false": "False", "none": "None"}.get(text.lower(), text))
-    except (ValueError, SyntaxError):
-        value = text
-    if isinstance(old, float) and type(value) is int:
-        value = float(value)
-    if isinstance(old, tuple) and isinstance(value, str):
-        value = tuple(text.split(","))
-    if isinstance(old, ConfigDict) and isinstance(value, dict):
-        value = ConfigDict(value)
-    if old is not None and type(value) is not type(old):
-        example = old.to_dict() if isinstance(old, ConfigDict) else old
-        raise UserError(f"config.{field} must be of type {type(example).__name__}, like {example!r}; got {text!r}")
-    return value
+def _say_events() -> None:
+    """What the library logs goes to stderr, above a progress bar that is being drawn."""
+    from tqdm import tqdm
+
+    class BesideTheBar(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            tqdm.write(self.format(record), file=sys.stderr)
+
+    logger = logging.getLogger("clip_jax")
+    logger.setLevel(logging.INFO)
+    logger.addHandler(BesideTheBar())
+    logger.propagate = False

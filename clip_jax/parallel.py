@@ -8,7 +8,7 @@ MLP widths and the vocabulary.
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
@@ -19,6 +19,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from clip_jax.errors import UserError
+from clip_jax.options import option
 
 MESH_AXES = ("data", "fsdp", "tensor")
 MeshAxes = str | tuple[str, ...] | None
@@ -46,10 +47,10 @@ class MeshConfig:
     and the loss's features travel between them.
     """
 
-    data: int = -1
-    fsdp: int = 1
-    tensor: int = 1
-    rules: Mapping[str, Any] = field(default_factory=dict)
+    data: int = option(-1, "copies of parameters and moments in a slice; -1 takes all devices left", may_change=True)
+    fsdp: int = option(1, "devices that share one copy", may_change=True)
+    tensor: int = option(1, "devices that share heads, MLP widths and the vocabulary", may_change=True)
+    rules: Mapping[str, MeshAxes] = option({}, "logical axis -> mesh axes, over RULES in parallel.py", may_change=True)
 
     def __post_init__(self):
         for name, axes in self.rules.items():

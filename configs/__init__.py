@@ -2,51 +2,25 @@
 
 from ml_collections import ConfigDict
 
-from clip_jax.models import OPENAI_MODELS, ResNetConfig
-
 
 def paper(name: str, learning_rate: float, block_tokens: int = 0) -> ConfigDict:
-    """The recipe of the CLIP paper (section 2.5, tables 18 to 20) for one of OpenAI's models.
+    """The recipe of the CLIP paper (section 2.5, tables 18 to 20) for one of OpenAI's models, on TPU pods.
 
     Images and captions come from a folder (`--config.data.folder.path=...`); the paper's own data are not public.
+    Fields that are not here have their defaults, which `python train.py --help_config` lists.
     """
-    model = OPENAI_MODELS[name]
-    resnet = isinstance(model.vision, ResNetConfig)
+    optimizer = {"b2": 0.999, "eps": 1e-8} if name.startswith("RN") else {}
     return ConfigDict(
         {
-            "name": name,  # OpenAI's spelling; evaluate.py loads these weights when none are given
-            "model": model.to_dict(),  # the architecture
-            "seed": 0,  # of the first weights and of the order of the data
-            "batch_size": 32_768,  # over all devices
-            "total_steps": 390_625,  # 32 epochs of 400 million pairs
-            "microbatches": 1,  # pieces in which a device encodes its share; raise it when memory is short
-            "dtype": "bfloat16",  # of the computation; parameters are float32
-            "remat": "full",  # what the backward pass recomputes: none, attention, dots or full
-            "unroll": 2 if block_tokens else 1,  # Transformer blocks in one iteration of the layer loop
-            "attention": "xla",  # or cudnn on NVIDIA GPUs
-            "block_tokens": block_tokens,  # that a block works on at a time, chosen for TPUs; 0 (all) on GPUs
-            "loss": "softmax",  # or sigmoid, with model.logit_bias
-            "loss_tile": 1_024,  # rows of the similarity matrix in memory at a time
-            "mesh": {
-                "data": 1,  # copies of parameters and moments in a slice
-                "fsdp": -1,  # devices that share one copy; -1 takes all that are left
-                "tensor": 1,  # devices that share heads and MLP widths
-                "rules": {},  # logical axis -> mesh axis, over those of clip_jax/parallel.py
-            },
-            "optimizer": {
-                "learning_rate": learning_rate,  # peak
-                "weight_decay": 0.2,  # decoupled; not on gains and biases
-                "b1": 0.9,  # decay of the first moment
-                "b2": 0.999 if resnet else 0.98,  # decay of the second moment
-                "eps": 1e-8 if resnet else 1e-6,  # added to the second moment's root
-                "warmup_steps": 2_000,  # linear warm-up
-                "mu_dtype": "float32",  # of the first moment; bfloat16 saves memory
-            },
-            "log_every": 100,  # steps
-            "eval_every": 10_000,  # steps
-            "checkpoint_every": 5_000,  # steps
-            "data": {"folder": {"path": "", "weight": 1.0}},  # source -> its fields
-            "data_dir": "",  # where prepared data sets are; empty means TFDS's own default
-            "eval_datasets": ("imagenet_v2",),  # what evaluation measures
+            "name": name,
+            "model": name,
+            "dtype": "bfloat16",
+            "remat": "full",
+            "unroll": 2 if block_tokens else 1,
+            "block_tokens": block_tokens,  # chosen for TPUs; 0 on GPUs
+            "mesh": {"data": 1, "fsdp": -1},
+            "optimizer": {"learning_rate": learning_rate, **optimizer},
+            "data": {"folder": {"path": "", "weight": 1.0}},
+            "eval_datasets": ("imagenet_v2",),
         }
     )

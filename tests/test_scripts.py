@@ -52,6 +52,7 @@ def mistakes():
         "a checkpoint of another model": (("evaluate.py", "--weights", "{other}", "--config", "demo",
                                            "--datasets", "digits"), "of another model"),
         "a workdir of another run": (("train.py", "--workdir", "{other}", "--config", "demo"), "holds a run with"),
+        "no official weights": (("evaluate.py", "--config", "demo"), "--weights runs/demo"),
         "unknown topology": (("train.py", "--config", "vit_b32", "--plan", "v9-8"), "v9-8"),
         "half a cluster": ((*train, "--config", "demo", "--processes", "2"), "all three or none"),
     }  # fmt: skip
@@ -75,6 +76,13 @@ def test_a_mistake_gives_one_line_and_exit_code_2(name, tmp_path, other_workdir)
     assert done.returncode == 2, done.stderr
     assert len(errors) == 1 and message.format(**places) in errors[0], done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_without_the_requirements_a_script_says_how_it_is_called():
+    for script in ("train.py", "evaluate.py", "convert_torch_weights.py"):
+        done = call("-S", script, "--help")  # without site-packages
+        assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
+        assert f"call .venv/bin/python {script}" in done.stderr
 
 
 def test_the_library_needs_neither_tensorflow_nor_torch():

@@ -4,11 +4,13 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any
+from typing import Any, ClassVar
 
 import jax.numpy as jnp
 
+from clip_jax import options
 from clip_jax.errors import UserError
+from clip_jax.options import option
 
 ACTIVATIONS = ("quick_gelu", "gelu")
 REMAT_POLICIES = ("none", "full", "dots", "attention")
@@ -27,14 +29,16 @@ OPENAI_IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
 
 @dataclass(frozen=True)
 class VisionTransformerConfig:
-    """The ViT image tower. Sizes in pixels (image_resolution, patch_size) or features."""
+    """The ViT image tower."""
 
-    image_resolution: int
-    patch_size: int
-    width: int
-    layers: int
-    heads: int
-    mlp_width: int
+    TYPE: ClassVar[str] = "vit"
+
+    image_resolution: int = option(help="side of its square images, pixels")
+    patch_size: int = option(help="side of a patch, pixels")
+    width: int = option(help="features of a token")
+    layers: int = option(help="number of blocks")
+    heads: int = option(help="attention heads")
+    mlp_width: int = option(help="hidden features of an MLP")
 
     def __post_init__(self):
         _check_positive(self)
@@ -49,12 +53,14 @@ class VisionTransformerConfig:
 
 @dataclass(frozen=True)
 class ResNetConfig:
-    """The ModifiedResNet image tower; `layers` are the blocks of its four stages, `heads` those of attnpool."""
+    """The ModifiedResNet image tower."""
 
-    image_resolution: int
-    width: int
-    layers: tuple[int, int, int, int]
-    heads: int
+    TYPE: ClassVar[str] = "resnet"
+
+    image_resolution: int = option(help="side of its square images, pixels")
+    width: int = option(help="channels of the first stage; the last has 32 times as many")
+    layers: tuple[int, int, int, int] = option(help="blocks of each stage")
+    heads: int = option(help="heads of the attention pool")
 
     def __post_init__(self):
         object.__setattr__(self, "layers", tuple(self.layers))
@@ -78,27 +84,16 @@ class ResNetConfig:
 
 @dataclass(frozen=True)
 class TextConfig:
-    """The causal text Transformer, and the tokenizer that it was trained with.
+    """The causal text Transformer, and the tokenizer that it was trained with."""
 
-    Attributes:
-      width: features of a token.
-      heads: attention heads.
-      mlp_width: hidden features of an MLP.
-      layers: number of blocks.
-      context_length: tokens of a text, start and end included.
-      vocab_size: rows of the token embedding.
-      tokenizer: a kind that `processing.tokenizers` knows; of another kind only token ids can be encoded.
-      lowercase: whether that tokenizer lower-cases texts first, as OpenAI's does.
-    """
-
-    width: int
-    heads: int
-    mlp_width: int
-    layers: int = 12
-    context_length: int = 77
-    vocab_size: int = 49408
-    tokenizer: str = "openai"
-    lowercase: bool = True
+    width: int = option(help="features of a token")
+    heads: int = option(help="attention heads")
+    mlp_width: int = option(help="hidden features of an MLP")
+    layers: int = option(12, "number of blocks")
+    context_length: int = option(77, "tokens of a text, start and end included")
+    vocab_size: int = option(49408, "rows of the token embedding")
+    tokenizer: str = option("openai", "openai; with another kind only token ids can be encoded")
+    lowercase: bool = option(True, "whether the tokenizer lower-cases texts first, as OpenAI's does")
 
     def __post_init__(self):
         _check_positive(self)
@@ -115,31 +110,18 @@ class CLIPConfig:
 
     The activation and the image processing belong to it, because weights trained with one and run with another
     lose accuracy without any error.
-
-    Attributes:
-      embed_dim: size of the features of both towers.
-      vision: the image tower.
-      text: the text tower.
-      activation: "quick_gelu" or "gelu".
-      logit_bias: whether the logits have a learned bias, as the sigmoid loss of SigLIP wants it (arXiv 2303.15343);
-        OpenAI's models have none.
-      image_mean: per channel, subtracted from values in [0, 1].
-      image_std: per channel, divided by.
-      image_interpolation: how images are resized, one of `INTERPOLATIONS`.
-      image_resize: "shortest" resizes the shorter side, "squash" both sides; the square in the centre is taken.
-      image_resize_to: the length that these sides get, in pixels; 0 for the side of that square.
     """
 
-    embed_dim: int
-    vision: VisionTransformerConfig | ResNetConfig
-    text: TextConfig
-    activation: str = "quick_gelu"
-    logit_bias: bool = False
-    image_mean: tuple[float, float, float] = OPENAI_IMAGE_MEAN
-    image_std: tuple[float, float, float] = OPENAI_IMAGE_STD
-    image_interpolation: str = "bicubic"
-    image_resize: str = "shortest"
-    image_resize_to: int = 0
+    embed_dim: int = option(help="features of both towers, which are compared")
+    vision: VisionTransformerConfig | ResNetConfig = option(help="the image tower")
+    text: TextConfig = option(help="the text tower")
+    activation: str = option("quick_gelu", f"of the MLPs: {' or '.join(ACTIVATIONS)}")
+    logit_bias: bool = option(False, "whether logits have a learned bias, as SigLIP's loss wants it (arXiv 2303.15343)")
+    image_mean: tuple[float, float, float] = option(OPENAI_IMAGE_MEAN, "per channel, subtracted from pixels in [0, 1]")
+    image_std: tuple[float, float, float] = option(OPENAI_IMAGE_STD, "per channel, by which they are divided then")
+    image_interpolation: str = option("bicubic", f"how images are resized: {', '.join(INTERPOLATIONS)}")
+    image_resize: str = option("shortest", "their shortest side, or squash: both; then the centre square is taken")
+    image_resize_to: int = option(0, "length that these sides get, pixels; 0 for the side of the square")
 
     def __post_init__(self):
         object.__setattr__(self, "image_mean", tuple(self.image_mean))
@@ -166,9 +148,7 @@ class CLIPConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """The configuration as plain JSON-able values; `from_dict` is its inverse."""
-        values = dataclasses.asdict(self)
-        values["vision"]["type"] = "resnet" if isinstance(self.vision, ResNetConfig) else "vit"
-        return values
+        return options.to_dict(self)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "CLIPConfig":
@@ -177,37 +157,39 @@ class CLIPConfig:
         Raises:
           UserError: a field is missing, unknown or has an impossible value.
         """
-        try:
-            vision = _tuples(values["vision"])
-            kind = vision.pop("type")
-            vision_class = {"vit": VisionTransformerConfig, "resnet": ResNetConfig}[kind]
-            others = {k: v for k, v in _tuples(values).items() if k not in ("vision", "text")}
-            return cls(vision=vision_class(**vision), text=TextConfig(**values["text"]), **others)
-        except (KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"not a CLIP configuration: {error}") from error
+        return options.from_dict(cls, values, "the model's configuration")
+
+    @classmethod
+    def named(cls, name: str) -> "CLIPConfig":
+        """One of OpenAI's models.
+
+        Raises:
+          UserError: there is none of that name.
+        """
+        if name not in OPENAI_MODELS:
+            raise UserError(f"unknown model {name!r}; expected its fields, or one of {', '.join(OPENAI_MODELS)}")
+        return OPENAI_MODELS[name]
 
 
 @dataclass(frozen=True)
 class Execution:
-    """How a model runs; none of this changes its parameters, and only `dtype` changes its numbers noticeably.
+    """How a model runs; none of this changes its parameters, and only `dtype` changes its numbers noticeably."""
 
-    Attributes:
-      dtype: the compute type, "float32" or "bfloat16". Parameters, LayerNorm and BatchNorm statistics, softmax,
-        L2 norms, logits and losses are float32 regardless.
-      remat: what the backward pass recomputes: "none" keeps all activations; "full" keeps only the input of each
-        iteration of the layer loop (of each block in a ResNet); "dots" keeps the matrix products with weights;
-        "attention" recomputes the attention alone. "none" and "attention" keep gathered parameters, too.
-      unroll: how many Transformer blocks one iteration of the layer loop holds, at most: a divisor of the layers.
-      attention: "xla" everywhere; "cudnn" (fused) on NVIDIA GPUs in bfloat16.
-      block_tokens: how many tokens (whole examples) a Transformer block works on at a time on each device; 0 for all.
-        A few thousand keep a TPU's intermediate values in its fast memory.
-    """
-
-    dtype: str = "float32"
-    remat: str = "none"
-    unroll: int = 1
-    attention: str = "xla"
-    block_tokens: int = 0
+    dtype: str = option("float32", "compute type: float32 or bfloat16; parameters, statistics, losses stay float32")
+    remat: str = option(
+        "none",
+        "what the backward pass recomputes: none; attention (both keep gathered parameters); dots: all but products "
+        "with weights; full: all but the input of each iteration of the layer loop, or of each ResNet block",
+        may_change=True,
+    )
+    unroll: int = option(1, "Transformer blocks in one iteration of the layer loop, at most", may_change=True)
+    attention: str = option("xla", "xla, or cudnn (fused; NVIDIA GPUs in bfloat16)", may_change=True)
+    block_tokens: int = option(
+        0,
+        "tokens (whole examples) that a block works on at a time per device; 0 for all; a few thousand stay in a TPU's "
+        "fast memory",
+        may_change=True,
+    )
 
     def __post_init__(self):
         _check_choice("dtype", self.dtype, ("float32", "bfloat16"))
@@ -226,11 +208,6 @@ class Execution:
     def compute_dtype(self) -> jnp.dtype:
         """`dtype` as jax.numpy knows it."""
         return jnp.dtype(self.dtype)
-
-
-def _tuples(values: Mapping[str, Any]) -> dict[str, Any]:
-    """JSON has no tuples: lists become them."""
-    return {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
 
 
 def _check_positive(config: Any) -> None:

@@ -107,11 +107,32 @@ def _check_shapes(stored: Any, expected: Any, folder: epath.Path) -> None:
         raise UserError(f"{folder} is a checkpoint of another model: {', '.join(wrong[:3])}{more}")
 
 
+def has_checkpoint(workdir: epath.PathLike) -> bool:
+    """Whether `workdir` holds a complete checkpoint."""
+    folder = absolute(workdir) / CHECKPOINTS
+    return folder.is_dir() and bool(ocp.utils.checkpoint_steps(folder))
+
+
+def make_workdir(workdir: epath.PathLike) -> None:
+    """Create `workdir` if need be, and see that it can be written to. Only process 0 does.
+
+    Raises:
+      UserError: it is a file, or cannot be created or written to.
+    """
+    if jax.process_index() == 0:
+        root = absolute(workdir)
+        try:
+            root.mkdir(parents=True, exist_ok=True)
+            (root / ".writable").write_text("")
+            (root / ".writable").unlink()
+        except OSError as error:
+            raise UserError(f"cannot write to the workdir {workdir} ({error}); give another --workdir") from error
+
+
 def write_config(workdir: epath.PathLike, config: Mapping[str, Any]) -> None:
-    """Write config.json, complete or not at all. Only process 0 does."""
+    """Write config.json into an existing workdir, complete or not at all. Only process 0 does."""
     if jax.process_index() == 0:
         path = absolute(workdir) / RUN_CONFIG
-        path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_name(RUN_CONFIG + ".part")
         part.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
         part.replace(path)
@@ -121,15 +142,18 @@ def read_config(workdir: epath.PathLike) -> dict[str, Any] | None:
     """The configuration of the run in `workdir`; None if it holds none.
 
     Raises:
-      UserError: config.json is damaged.
+      UserError: config.json is not the JSON object that it should be.
     """
     path = absolute(workdir) / RUN_CONFIG
     if not path.exists():
         return None
     try:
-        return json.loads(path.read_text())
+        values = json.loads(path.read_text())
     except ValueError as error:
         raise UserError(f"{path} is not JSON ({error}); restore it, or start in another workdir") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{path} must be an object, got {str(values)[:50]}; restore it, or start in another workdir")
+    return values
 
 
 def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:

@@ -1,4 +1,4 @@
-"""A run's configuration as frozen, checked values, read once from the ml_collections file."""
+"""A run's configuration as frozen, checked values: the one list of what a config file can say."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,84 +9,45 @@ import jax
 from clip_jax.errors import UserError
 from clip_jax.losses import LOSSES
 from clip_jax.models import CLIP, CLIPConfig, Execution
+from clip_jax.options import inline, kept_values, option
 from clip_jax.parallel import MeshConfig, make_partitioner
 from clip_jax.training.optimizer import OptimizerConfig, make_optimizer
 from clip_jax.training.state import Training
 
-# What may differ between a run and its continuation: none of it changes what is learned.
-FREE_TO_CHANGE = (
-    "mesh",
-    "remat",
-    "unroll",
-    "attention",
-    "loss_tile",
-    "log_every",
-    "eval_every",
-    "checkpoint_every",
-    "data_dir",
-    "eval_datasets",
-)
-
 
 @dataclass(frozen=True)
 class RunConfig:
-    """One training run. Fields are those of the files in configs/, grouped by who uses them."""
+    """One training run, as the files in configs/ describe it; the defaults are the paper's recipe."""
 
-    name: str
-    model: CLIPConfig
-    execution: Execution
-    optimizer: OptimizerConfig
-    loss: str
-    loss_tile: int
-    microbatches: int
-    mesh: MeshConfig
-    seed: int
-    batch_size: int
-    total_steps: int
-    log_every: int
-    eval_every: int
-    checkpoint_every: int
-    data: Mapping[str, Mapping[str, Any]]
-    data_dir: str | None
-    eval_datasets: tuple[str, ...]
+    name: str = option(help="of the model in reports and plans; evaluation takes official weights of this name")
+    model: CLIPConfig = option(help="the architecture: its fields, or an official name such as ViT-B/32")
+    data: Mapping[str, Mapping[str, Any]] = option({}, "sources to train on by name, each with its fields and a weight")
+    data_dir: str = option("", "where prepared data sets are; empty for TFDS's own default", may_change=True)
+    eval_datasets: tuple[str, ...] = option((), "what evaluation measures", may_change=True)
+    seed: int = option(0, "of the first weights and of the order of the data")
+    batch_size: int = option(32_768, "examples in a step, over all devices")
+    total_steps: int = option(390_625, "of the whole run; by default 32 epochs of 400 million pairs")
+    microbatches: int = option(1, "pieces in which each device encodes its share; raise it when memory is short")
+    loss: str = option("softmax", f"{' or '.join(LOSSES)}; sigmoid goes with model.logit_bias")
+    loss_tile: int = option(1024, "rows of the similarity matrix in memory at a time, at most", may_change=True)
+    execution: Execution = inline(Execution())
+    optimizer: OptimizerConfig = option(OptimizerConfig(), "AdamW")
+    mesh: MeshConfig = option(MeshConfig(), "devices of a slice along each axis")
+    log_every: int = option(100, "steps between lines of metrics", may_change=True)
+    eval_every: int = option(10_000, "steps between evaluations", may_change=True)
+    checkpoint_every: int = option(5_000, "steps between checkpoints", may_change=True)
 
-    @classmethod
-    def from_dict(cls, config: Mapping[str, Any]) -> "RunConfig":
-        """From the plain values of a config file (`ConfigDict.to_dict()`).
-
-        Raises:
-          UserError: a value is impossible.
-        """
-        if config["loss"] not in LOSSES:
-            raise UserError(f"loss must be one of {', '.join(LOSSES)}; got {config['loss']!r}")
+    def __post_init__(self):
+        if self.loss not in LOSSES:
+            raise UserError(f"loss must be one of {', '.join(LOSSES)}; got {self.loss!r}")
+        if not 0 <= self.seed < 2**32:
+            raise UserError(f"seed must be at least 0 and below 2**32, got {self.seed}")
+        if self.batch_size < 2:
+            raise UserError(f"batch_size must be at least 2, for pairs to be told apart; got {self.batch_size}")
         steps = ("total_steps", "log_every", "eval_every", "checkpoint_every")
-        for field in ("loss_tile", "microbatches", "batch_size", *steps):
-            if config[field] < 1:
-                raise UserError(f"{field} must be at least 1, got {config[field]}")
-        return cls(
-            name=config["name"],
-            model=CLIPConfig.from_dict(config["model"]),
-            execution=Execution(**{k: config[k] for k in ("dtype", "remat", "unroll", "attention", "block_tokens")}),
-            optimizer=OptimizerConfig(**config["optimizer"]),
-            mesh=MeshConfig(**config["mesh"]),
-            **{
-                k: config[k]
-                for k in (
-                    "loss",
-                    "loss_tile",
-                    "microbatches",
-                    "seed",
-                    "batch_size",
-                    "total_steps",
-                    "log_every",
-                    "eval_every",
-                    "checkpoint_every",
-                    "data",
-                    "data_dir",
-                )
-            },
-            eval_datasets=tuple(config["eval_datasets"]),
-        )
+        for name in ("microbatches", "loss_tile", *steps):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} must be at least 1, got {getattr(self, name)}")
 
 
 def make_training(config: RunConfig, devices: list[jax.Device] | None = None) -> Training:
@@ -105,30 +66,20 @@ def make_training(config: RunConfig, devices: list[jax.Device] | None = None) ->
     )
 
 
-def check_same_run(config: Mapping[str, Any], previous: Mapping[str, Any]) -> None:
+def check_same_run(config: RunConfig, previous: RunConfig) -> None:
     """A workdir continues only the run it holds.
 
     Args:
-      config: the plain values of this run.
-      previous: those that the workdir's config.json holds.
+      config: this run.
+      previous: what the workdir's config.json holds.
 
     Raises:
       UserError: they differ in something that changes what is learned; the message names it.
     """
-    ours, theirs = _flatten(config), _flatten(previous)
-    for key in sorted(set(ours) | set(theirs)):
-        if key.split(".")[0] not in FREE_TO_CHANGE and ours.get(key) != theirs.get(key):
+    ours, theirs = kept_values(config), kept_values(previous)
+    for name in sorted(set(ours) | set(theirs)):
+        if ours.get(name) != theirs.get(name):
             raise UserError(
-                f"the workdir holds a run with {key}={theirs.get(key)!r}, this one has {ours.get(key)!r}; "
+                f"the workdir holds a run with {name}={theirs.get(name)!r}, this one has {ours.get(name)!r}; "
                 "give another --workdir, or the same config"
             )
-
-
-def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat = {}
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            flat.update(_flatten(value, f"{prefix}{key}."))
-        else:
-            flat[prefix + key] = list(value) if isinstance(value, tuple) else value
-    return flat

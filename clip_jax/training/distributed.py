@@ -1,5 +1,6 @@
 """Joining the processes of a multi-host run."""
 
+import logging
 import os
 
 import jax
@@ -9,7 +10,7 @@ from clip_jax.platform import on_tpu_host
 
 
 def initialize(coordinator: str | None, processes: int | None, process_index: int | None) -> None:
-    """Make this process one of several, before anything else touches a device.
+    """Make this process one of several, before anything else touches a device; only the first one logs events then.
 
     By hand when told where the coordinator is; by itself on TPU hosts and under Slurm, where JAX knows how to find
     the others; otherwise nothing happens and the process is alone.
@@ -33,3 +34,7 @@ def initialize(coordinator: str | None, processes: int | None, process_index: in
         jax.distributed.initialize(coordinator, processes, process_index)
     elif on_tpu_host() or int(os.environ.get("SLURM_NTASKS", "1")) > 1:
         jax.distributed.initialize()
+    else:
+        return
+    if jax.process_index() != 0:
+        logging.getLogger("clip_jax").setLevel(logging.WARNING)

@@ -1,5 +1,6 @@
 """AdamW with the paper's settings: decoupled weight decay, linear warm-up, cosine decay (section 2.5, table 18)."""
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,32 +9,39 @@ import jax
 import optax
 
 from clip_jax.errors import UserError
+from clip_jax.options import option
 
 # Leaves that are gains or biases by name, wherever they stand; `logit_scale` is a gain on the logits.
 NOT_DECAYED = ("bias", "scale", "logit_scale", "logit_bias")
 
+MOMENT_TYPES = ("float32", "bfloat16")
+
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """Settings of AdamW.
+    """Settings of AdamW; the defaults are the paper's for ViT-B (tables 18 and 20)."""
 
-    Attributes:
-      learning_rate: the peak, reached after the warm-up.
-      weight_decay: decoupled; multiplied by the learning rate, as in torch.optim.AdamW.
-      b1: decay of the first moment.
-      b2: decay of the second moment; the paper has 0.98 for ViTs and 0.999 for ResNets.
-      eps: added to the root of the second moment; 1e-6 for ViTs and 1e-8 for ResNets.
-      warmup_steps: steps of linear warm-up.
-      mu_dtype: type of the first moment; "bfloat16" saves 2 bytes a parameter.
-    """
+    learning_rate: float = option(5e-4, "the peak, reached after the warm-up")
+    weight_decay: float = option(
+        0.2, "decoupled, times the learning rate as in torch.optim.AdamW; not on gains, biases"
+    )
+    b1: float = option(0.9, "decay of the first moment")
+    b2: float = option(0.98, "decay of the second moment; the paper has 0.999 for ResNets")
+    eps: float = option(1e-6, "added to the root of the second moment; the paper has 1e-8 for ResNets")
+    warmup_steps: int = option(2000, "steps of linear warm-up")
+    mu_dtype: str = option("float32", "type of the first moment; bfloat16 saves 2 bytes per parameter")
 
-    learning_rate: float
-    weight_decay: float = 0.2
-    b1: float = 0.9
-    b2: float = 0.98
-    eps: float = 1e-6
-    warmup_steps: int = 2000
-    mu_dtype: str = "float32"
+    def __post_init__(self):
+        for name in ("learning_rate", "eps"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise UserError(f"optimizer.{name} must be above 0, got {getattr(self, name)}")
+        for name in ("b1", "b2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise UserError(f"optimizer.{name} must be at least 0 and below 1, got {getattr(self, name)}")
+        if not 0 <= self.weight_decay < math.inf:
+            raise UserError(f"optimizer.weight_decay must be at least 0, got {self.weight_decay}")
+        if self.mu_dtype not in MOMENT_TYPES:
+            raise UserError(f"optimizer.mu_dtype must be one of {', '.join(MOMENT_TYPES)}; got {self.mu_dtype!r}")
 
 
 def learning_rate_schedule(config: OptimizerConfig, total_steps: int) -> optax.Schedule:

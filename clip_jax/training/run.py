@@ -3,14 +3,14 @@
 import logging
 from collections.abc import Callable, Mapping
 from contextlib import closing
-from typing import Any
 
 import jax
 
 from clip_jax.data.pipeline import train_batches
 from clip_jax.data.sources import make_sources
+from clip_jax.options import from_dict, to_dict
 from clip_jax.processing import Preprocess, make_tokenizer
-from clip_jax.training.checkpoint import Checkpoints, read_config, write_config
+from clip_jax.training.checkpoint import Checkpoints, has_checkpoint, make_workdir, read_config, write_config
 from clip_jax.training.config import RunConfig, check_same_run, make_training
 from clip_jax.training.hooks import Evaluate, Log, Save
 from clip_jax.training.loop import Hook, every, on_devices, train
@@ -24,30 +24,30 @@ logger = logging.getLogger(__name__)
 MakeEvaluate = Callable[[RunConfig, Training], Callable[[TrainState], Mapping[str, float]]]
 
 
-def run(values: Mapping[str, Any], workdir: str, make_evaluate: MakeEvaluate | None = None) -> TrainState:
+def run(config: RunConfig, workdir: str, make_evaluate: MakeEvaluate | None = None) -> TrainState:
     """Train, from the newest checkpoint in `workdir` if it has one; returns the last state.
 
     Args:
-      values: the plain values of a config file.
+      config: the run.
       workdir: where checkpoints, metrics and the configuration go.
       make_evaluate: makes the function of the state whose results are logged every `eval_every` steps.
 
     Raises:
-      UserError: an impossible configuration, missing data, or a workdir that holds another run.
+      UserError: an impossible configuration, missing data, or a workdir that holds another run or cannot be written to.
     """
-    config = RunConfig.from_dict(values)
     previous = read_config(workdir)
-    if previous is not None:
-        check_same_run(values, previous)
+    if previous is not None and has_checkpoint(workdir):
+        check_same_run(config, from_dict(type(config), previous, f"{workdir}/config.json"))
     training = make_training(config)
     training.partitioner.check_batch_size(config.batch_size, config.microbatches, jax.process_count())
     train_step = make_train_step(training)
     sources, weights = make_sources(config.data, config.data_dir)
     tokenizer = make_tokenizer(config.model.text)
     evaluate = make_evaluate(config, training) if make_evaluate else None
+    make_workdir(workdir)
     checkpoints = Checkpoints(workdir, config.model)
     state = _state(checkpoints, training, config.seed)
-    write_config(workdir, values)
+    write_config(workdir, to_dict(config))
     batches = train_batches(
         sources,
         weights,

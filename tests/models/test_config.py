@@ -41,7 +41,7 @@ def test_a_description_of_an_older_version_opens():
         (lambda: ResNetConfig(200, 64, (3, 4, 6, 3), 32), "multiple of the total stride"),
         (lambda: TextConfig(width=512, heads=8, mlp_width=0), "mlp_width must be at least 1"),
         (lambda: dataclasses.replace(tiny.VIT, activation="relu"), "one of quick_gelu, gelu"),
-        (lambda: CLIPConfig.from_dict({"embed_dim": 4}), "not a CLIP configuration"),
+        (lambda: CLIPConfig.from_dict({"embed_dim": 4}), "needs a value for vision: the image tower"),
         (lambda: CLIPConfig.from_dict({**tiny.VIT.to_dict(), "colour": 1}), "colour"),
         (lambda: dataclasses.replace(tiny.VIT, image_interpolation="linear"), "image_interpolation must be one of"),
         (lambda: dataclasses.replace(tiny.VIT, image_resize="longest"), "image_resize must be one of shortest, squash"),

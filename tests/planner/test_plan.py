@@ -7,7 +7,7 @@ import json
 import jax
 import pytest
 
-from clip_jax.cli import load_config, override
+from clip_jax.cli import load_config
 from clip_jax.errors import UserError
 from clip_jax.models import parameter_count
 from clip_jax.parallel import MeshConfig
@@ -31,8 +31,7 @@ KEYS = {
 
 
 def config_of(**overrides) -> RunConfig:
-    values = override(load_config("demo"), [(field, str(value)) for field, value in overrides.items()])
-    return RunConfig.from_dict(values.to_dict())
+    return load_config("demo", {field: str(value) for field, value in overrides.items()})
 
 
 CONFIG = config_of(**{"total_steps": 1000})

@@ -7,12 +7,11 @@ import jax
 import pytest
 from jax.experimental import topologies
 
-from clip_jax.cli import load_config, override
+from clip_jax.cli import load_config
 from clip_jax.models import parameter_count
 from clip_jax.planner.compile import make_plan, use_compiler_only
 from clip_jax.planner.report import main_plan
 from clip_jax.planner.topologies import parse_topology
-from clip_jax.training.config import RunConfig
 
 # Slow: the TPU compiler takes a minute or more, and is an optional requirement.
 pytestmark = [
@@ -39,7 +38,7 @@ def environment():
 
 
 def test_plan_of_a_small_step(tmp_path):
-    config = RunConfig.from_dict(override(load_config("demo"), list(SMALL.items())).to_dict())
+    config = load_config("demo", SMALL)
     main_plan(config, "v5e-4", str(tmp_path / "plan.json"))
     values = json.loads((tmp_path / "plan.json").read_text())
     parameters = 4 * parameter_count(config.model)
@@ -59,8 +58,7 @@ def test_parameters_are_gathered_whole_on_a_small_slice():
     """Parts of 48 rows invite the compiler to loop over them, sending each on to the next chip."""
     sizes = {"model.vision.width": "768", "model.vision.mlp_width": "3072", "model.vision.heads": "12"}
     changes = {**SMALL, **sizes, "batch_size": "2048", "mesh.data": "1", "mesh.fsdp": "16"}
-    config = RunConfig.from_dict(override(load_config("demo"), list(changes.items())).to_dict())
-    collectives = make_plan(config, parse_topology("v5e-16")).cost.collectives
+    collectives = make_plan(load_config("demo", changes), parse_topology("v5e-16")).cost.collectives
     assert collectives["collective-permute"].count < 200  # the loss's ring alone: 16 chips, forwards and backwards
     assert collectives["all-gather"].count > 3 * 2 * 6  # layers x forward and backward x matrices of a block
 

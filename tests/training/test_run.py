@@ -1,29 +1,44 @@
 """A whole run on embedded data: what it writes, that it resumes exactly, and what it refuses."""
 
+import dataclasses
 import json
 import shutil
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 
-from clip_jax import cli, model_folder
+from clip_jax import cli, model_folder, options
 from clip_jax.errors import UserError
+from clip_jax.models import Execution
+from clip_jax.parallel import MeshConfig
+from clip_jax.training import config as config_module
+from clip_jax.training.config import RunConfig, check_same_run
 from clip_jax.training.metrics import read_metrics
+from clip_jax.training.optimizer import OptimizerConfig
 from clip_jax.training.run import run
 from clip_jax.weights import load_variables
 from tests import tiny
 
+FIRST_CONFIG = Path(__file__).parent / "golden" / "first_config.json"
+CONFIG = RunConfig(
+    name="tiny",
+    model=dataclasses.replace(tiny.VIT, text=dataclasses.replace(tiny.TEXT, vocab_size=49408)),
+    data={"digits": {"weight": 1.0}},
+    eval_datasets=("digits",),
+    batch_size=16,
+    total_steps=6,
+    log_every=2,
+    eval_every=100,
+    checkpoint_every=3,
+    optimizer=OptimizerConfig(learning_rate=2e-3, weight_decay=0.1, warmup_steps=2),
+)
 
-def values(**changes):
-    """The demo's configuration, made tiny and fed with digits alone."""
-    config = cli.load_config("demo").to_dict()
-    model = tiny.VIT.to_dict()
-    model["text"]["vocab_size"] = 49408
-    config.update(model=model, data={"digits": {"weight": 1.0}}, eval_datasets=("digits",), batch_size=16)
-    config.update(total_steps=6, log_every=2, eval_every=100, checkpoint_every=3)
-    config["optimizer"]["warmup_steps"] = 2
-    return {**config, **changes}
+
+def config_of(**changes):
+    """A tiny model that learns digits."""
+    return dataclasses.replace(CONFIG, **changes)
 
 
 def leaves(state):
@@ -33,7 +48,7 @@ def leaves(state):
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("undisturbed")
-    return workdir, run(values(), str(workdir))
+    return workdir, run(config_of(), str(workdir))
 
 
 def test_a_run_writes_metrics_checkpoints_and_its_configuration(undisturbed):
@@ -44,7 +59,8 @@ def test_a_run_writes_metrics_checkpoints_and_its_configuration(undisturbed):
         assert {"loss", "logit_scale", "learning_rate", "grad_norm", "examples_per_second", "seconds"} <= set(line)
         assert np.isfinite(list(line.values())).all()
     assert sorted(path.name for path in (workdir / "checkpoints").iterdir()) == ["3", "6"]
-    assert json.loads((workdir / "config.json").read_text())["batch_size"] == 16
+    written = json.loads((workdir / "config.json").read_text())
+    assert options.from_dict(RunConfig, written, "config.json") == CONFIG
     assert list(workdir.glob("events.out.tfevents*"))
 
 
@@ -52,7 +68,7 @@ def test_every_checkpoint_is_a_model_folder(undisturbed):
     workdir, state = undisturbed
     for source in (workdir, workdir / "checkpoints" / "6"):
         config, variables = load_variables(source)
-        assert config.to_dict() == values()["model"]
+        assert config == CONFIG.model
         for got, want in zip(leaves(variables), leaves(state.variables), strict=True):
             np.testing.assert_array_equal(got, want)
     _, earlier = load_variables(workdir / "checkpoints" / "3")
@@ -66,7 +82,7 @@ def test_the_best_checkpoint_stays_and_opens_by_name(tmp_path):
     def make_evaluate(config, training):
         return lambda state: {"eval/digits/acc1": next(scores)}
 
-    run(values(eval_every=1, checkpoint_every=1), str(tmp_path), make_evaluate)
+    run(config_of(eval_every=1, checkpoint_every=1), str(tmp_path), make_evaluate)
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["2", "4", "5", "6"]
     assert model_folder.find(f"{tmp_path}@best").name == "2"
     assert model_folder.find(tmp_path).name == "6"
@@ -84,10 +100,10 @@ def test_a_workdir_without_descriptions_still_opens_and_resumes(undisturbed, tmp
     shutil.rmtree(tmp_path / "checkpoints" / "6")
     shutil.rmtree(tmp_path / "checkpoints" / "3" / "description")
     config, variables = load_variables(tmp_path)
-    assert config.to_dict() == values()["model"]
+    assert config == CONFIG.model
     want = load_variables(workdir / "checkpoints" / "3")[1]
     jax.tree.map(np.testing.assert_array_equal, variables, want)
-    for got, want in zip(leaves(run(values(), str(tmp_path))), leaves(state), strict=True):
+    for got, want in zip(leaves(run(config_of(), str(tmp_path))), leaves(state), strict=True):
         np.testing.assert_array_equal(got, want)
 
 
@@ -99,7 +115,7 @@ def test_a_flipped_bit_is_noticed_on_resuming(undisturbed, tmp_path):
     content[len(content) // 2] ^= 1
     largest.write_bytes(content)
     with pytest.raises(UserError, match=r"checkpoints/6 is damaged: params/.* is not what was written"):
-        run(values(), str(tmp_path))
+        run(config_of(), str(tmp_path))
 
 
 def test_a_run_stopped_half_way_resumes_bit_for_bit(undisturbed, tmp_path):
@@ -113,9 +129,9 @@ def test_a_run_stopped_half_way_resumes_bit_for_bit(undisturbed, tmp_path):
         return evaluate
 
     with pytest.raises(Killed):
-        run(values(eval_every=5), str(tmp_path), kill_at_step_5)
+        run(config_of(eval_every=5), str(tmp_path), kill_at_step_5)
     assert [line["step"] for line in read_metrics(tmp_path)][-1] == 4
-    resumed = run(values(), str(tmp_path))
+    resumed = run(config_of(), str(tmp_path))
     for got, want in zip(leaves(resumed), leaves(undisturbed[1]), strict=True):
         np.testing.assert_array_equal(got, want)
     assert [line["step"] for line in read_metrics(tmp_path)] == [1, 2, 4, 6]
@@ -123,7 +139,7 @@ def test_a_run_stopped_half_way_resumes_bit_for_bit(undisturbed, tmp_path):
 
 def test_a_finished_run_is_left_as_it_is(undisturbed):
     workdir, state = undisturbed
-    for got, want in zip(leaves(run(values(), str(workdir))), leaves(state), strict=True):
+    for got, want in zip(leaves(run(config_of(), str(workdir))), leaves(state), strict=True):
         np.testing.assert_array_equal(got, want)
 
 
@@ -137,14 +153,13 @@ def test_a_finished_run_is_left_as_it_is(undisturbed):
 )
 def test_a_workdir_of_another_run_is_refused(undisturbed, changes, message):
     with pytest.raises(UserError, match=f"holds a run with {message}"):
-        run(values(**changes), str(undisturbed[0]))
+        run(config_of(**changes), str(undisturbed[0]))
 
 
 def test_a_checkpoint_of_another_model_is_refused(undisturbed, tmp_path):
     workdir, _ = undisturbed
     (tmp_path / "checkpoints").symlink_to(workdir / "checkpoints")
-    other = values()
-    other["model"]["embed_dim"] = 16
+    other = config_of(model=dataclasses.replace(CONFIG.model, embed_dim=16))
     with pytest.raises(UserError, match=r"of another model: params/text/text_projection \(\(64, 32\), expected"):
         run(other, str(tmp_path))
 
@@ -153,13 +168,89 @@ def test_a_checkpoint_of_another_model_is_refused(undisturbed, tmp_path):
     ("changes", "message"),
     [
         ({"batch_size": 12}, "multiple of 8 .* try 8 or 16"),
-        ({"total_steps": 0}, "total_steps must be at least 1"),
-        ({"mesh": {"data": 3, "fsdp": 1, "tensor": 1, "rules": {}}}, "does not fit 8 devices"),
-        ({"loss": "triplet"}, "one of softmax, sigmoid"),
+        ({"mesh": MeshConfig(data=3)}, "does not fit 8 devices"),
         ({"data": {"folder": {"path": "/no/such/folder"}}}, "/no/such/folder"),
     ],
 )
 def test_impossible_runs_are_refused_before_anything_is_written(tmp_path, changes, message):
     with pytest.raises(UserError, match=message):
-        run(values(**changes), str(tmp_path / "run"))
+        run(config_of(**changes), str(tmp_path / "run"))
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"total_steps": 0}, "total_steps must be at least 1"),
+        ({"log_every": 0}, "log_every must be at least 1"),
+        ({"loss": "triplet"}, "one of softmax, sigmoid"),
+        ({"seed": -1}, "seed must be at least 0"),
+        ({"batch_size": 1}, "batch_size must be at least 2"),
+    ],
+)
+def test_impossible_values_are_refused(changes, message):
+    with pytest.raises(UserError, match=message):
+        config_of(**changes)
+
+
+def test_a_workdir_without_a_checkpoint_is_not_locked(tmp_path):
+    """A mistake that shows only with the first batch leaves a configuration that can be mended."""
+
+    def fail(config, training):
+        def evaluate(state):
+            raise UserError("a mistake after the start")
+
+        return evaluate
+
+    class Reached(Exception):
+        pass
+
+    def reach(config, training):
+        raise Reached
+
+    with pytest.raises(UserError, match="after the start"):
+        run(config_of(eval_every=1, seed=1), str(tmp_path), fail)
+    assert json.loads((tmp_path / "config.json").read_text())["seed"] == 1
+    with pytest.raises(Reached):
+        run(CONFIG, str(tmp_path), reach)
+
+
+def test_a_workdir_that_cannot_be_written_to_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    for workdir in (tmp_path / "file", tmp_path / "file" / "run", "/proc/run"):
+        with pytest.raises(UserError, match=f"cannot write to the workdir {workdir}"):
+            run(CONFIG, str(workdir))
+
+
+@pytest.mark.parametrize(("text", "message"), [("[1]", "must be an object"), ("{", "is not JSON")])
+def test_a_damaged_configuration_is_refused(tmp_path, text, message):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(UserError, match=message):
+        run(CONFIG, str(tmp_path))
+
+
+def test_a_configuration_as_the_first_version_wrote_it_goes_on():
+    previous = options.from_dict(RunConfig, json.loads(FIRST_CONFIG.read_text()), "config.json")
+    assert previous.model.vision.patch_size == 8 and previous.optimizer.learning_rate == 2e-3
+    faster = Execution(unroll=1, remat="full", block_tokens=100)
+    check_same_run(dataclasses.replace(previous, execution=faster, log_every=1, loss_tile=7), previous)
+    with pytest.raises(UserError, match="a run with dtype='float32', this one has 'bfloat16'"):
+        check_same_run(dataclasses.replace(previous, execution=Execution(dtype="bfloat16")), previous)
+
+
+def test_a_new_option_costs_one_line(undisturbed, monkeypatch, capsys):
+    """An old workdir resumes, --help_config lists the option and an override sets it."""
+    options_added = [("patience", int, options.option(3, "how long it waits"))]
+    wider = dataclasses.make_dataclass("Wider", options_added, bases=(RunConfig,), frozen=True)
+    values = {item.name: getattr(CONFIG, item.name) for item in dataclasses.fields(CONFIG)}
+    workdir, state = undisturbed
+    assert int(run(wider(**values), str(workdir)).step) == int(state.step)
+    assert json.loads((workdir / "config.json").read_text())["patience"] == 3
+    with pytest.raises(UserError, match="holds a run with patience=3, this one has 4"):
+        run(wider(**values, patience=4), str(workdir))
+
+    monkeypatch.setattr(config_module, "RunConfig", wider)
+    assert cli.load_config("demo", {"patience": "4"}).patience == 4
+    with pytest.raises(SystemExit, match="0"):
+        cli.parse(cli.argparse.ArgumentParser(), ["--help_config"])
+    assert "patience int = 3 how long it waits" in " ".join(capsys.readouterr().out.split())
