@@ -10,7 +10,6 @@ from clip_jax import model_folder
 from clip_jax.errors import UserError
 from clip_jax.models import CLIPConfig
 from clip_jax.weights import download, hub, huggingface, open_clip, openai
-from clip_jax.weights.files import read_json
 
 WRITERS = {
     "jax": model_folder.write,
@@ -22,7 +21,7 @@ _READERS_WITH_CONFIG = {"jax": model_folder.read, "open_clip": open_clip.read, "
 
 
 def load_variables(
-    source: str | Path,
+    source: epath.PathLike,
     *,
     download_root: str | Path | None = None,
     activation: str | None = None,
@@ -32,7 +31,7 @@ def load_variables(
 
     Args:
       source: an official name ("ViT-B/32"), a `.pt`, `.bin` or `.safetensors` file, a folder of transformers or of
-        open_clip, a name on the hub ("ORG/NAME" or "hf-hub:ORG/NAME"), or a converted checkpoint.
+        open_clip, a model folder, a workdir or a step of one, or a name on the hub ("ORG/NAME" or "hf-hub:ORG/NAME").
       download_root: the cache of official files; see `download.cache_folder` for the default.
       activation: "quick_gelu" or "gelu", for a bare file that does not say which.
       model_config: one of open_clip's `model_configs/NAME.json`, for a bare file whose tensors do not show what the
@@ -51,10 +50,10 @@ def load_variables(
     return _READERS_WITH_CONFIG[form](path)
 
 
-def locate(source: str | Path, download_root: str | Path | None = None) -> tuple[str, Path | epath.Path]:
+def locate(source: epath.PathLike, download_root: str | Path | None = None) -> tuple[str, Path | epath.Path]:
     """The format of `source` (a key of `WRITERS`) and where it lies; official files and the hub's are downloaded.
 
-    The path is the folder of a converted checkpoint or of transformers, and the file of weights otherwise.
+    The path is a model folder or one of transformers, and the file of weights otherwise.
 
     Raises:
       UserError: nothing is there, or nothing that is known.
@@ -90,10 +89,6 @@ def _locate_folder(folder: Path) -> tuple[str, Path]:
     if open_clip.is_folder(folder):
         return "open_clip", open_clip.weights_file(folder)
     if huggingface.is_folder(folder):
-        kind = read_json(folder / "config.json").get("model_type")
-        if kind in ("clip_text_model", "clip_vision_model"):
-            use = "; clip_jax.weights.load_text reads it" if kind == "clip_text_model" else ""
-            raise UserError(f"{folder} holds one tower of a CLIP model alone ({kind}){use}")
         return "huggingface", folder
     raise UserError(
         f"{folder} is no folder of weights: expected {model_folder.DESCRIPTION} (a model folder), config.json with "

@@ -13,6 +13,7 @@ _NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 _SECONDS = 10.0  # to wait for the hub's answer, before the cache has to do
 # A configuration, and the files of weights that may go with it, the best first.
 _LAYOUTS = ((open_clip.CONFIG_FILE, open_clip.WEIGHT_FILES), ("config.json", huggingface.WEIGHT_FILES))
+_MODEL_FOLDER = f"{DESCRIPTION}/{DESCRIPTION_FILE}"
 _PROCESSING_FILES = (
     "preprocessor_config.json",
     "processor_config.json",
@@ -72,7 +73,9 @@ def _download(name: str, available: Collection[str]) -> Path:
     wanted = _wanted(available)
     if wanted is None:
         known = " or ".join(f"{config} with {' or '.join(weights)}" for config, weights in _LAYOUTS)
-        raise UserError(f"{name} on the hub holds no CLIP model that clip_jax reads: expected {known}")
+        raise UserError(
+            f"{name} on the hub holds no CLIP model that clip_jax reads: expected {_MODEL_FOLDER} or {known}"
+        )
     folder = _snapshot(name, wanted)
     for index in (file for file in wanted if file.endswith(".index.json")):
         folder = _snapshot(name, tensor_file.shards(folder / index))
@@ -81,7 +84,7 @@ def _download(name: str, available: Collection[str]) -> Path:
 
 def _wanted(available: Collection[str]) -> list[str] | None:
     """Patterns of the files to fetch: our model folder, or a configuration, weights (or their index) and processing."""
-    if f"{DESCRIPTION}/{DESCRIPTION_FILE}" in available:
+    if _MODEL_FOLDER in available:
         return [f"{DESCRIPTION}/*", f"{VARIABLES}/*"]
     for config, names in _LAYOUTS:
         weights = next((name for name in names if name in available), None)
@@ -100,6 +103,9 @@ def _cached(name: str) -> Path | None:
     """The folder of the version that was fetched last, if it has a model's files."""
     import huggingface_hub
 
-    found = (huggingface_hub.try_to_load_from_cache(name, config) for config, _ in _LAYOUTS)
-    folder = next((Path(path).parent for path in found if isinstance(path, str)), None)
-    return folder if folder and _wanted({file.name for file in folder.iterdir()}) else None
+    for config in (_MODEL_FOLDER, *(config for config, _ in _LAYOUTS)):
+        path = huggingface_hub.try_to_load_from_cache(name, config)
+        if isinstance(path, str):
+            folder = Path(path.removesuffix(config))
+            return folder if _wanted({str(file.relative_to(folder)) for file in folder.rglob("*")}) else None
+    return None

@@ -12,12 +12,10 @@ from clip_jax.models import CLIPConfig, ResNetConfig, TextConfig, VisionTransfor
 from clip_jax.models.config import ACTIVATIONS
 from clip_jax.models.transformer import LAYER_NORM_EPSILON
 from clip_jax.processing import END_OF_TEXT, VOCAB_SIZE
-from clip_jax.weights import huggingface_processing, mapping, tensor_file
+from clip_jax.weights import fields, huggingface_processing, mapping, tensor_file
 from clip_jax.weights.files import appears_whole, read_json, write_json
 from clip_jax.weights.huggingface_processing import check_only
 from clip_jax.weights.mapping import Source
-
-_Pairs = Mapping[str, tuple[str, int]]
 
 WEIGHT_FILES = (
     "model.safetensors",
@@ -47,7 +45,7 @@ _RENAMING = (
 )
 _TRANSPOSED = ("text_projection", "visual.proj")
 
-# Our field -> transformers' name, and what transformers assumes where config.json is silent.
+# Our field -> transformers' name, and what transformers takes where it is missing (CLIPTextConfig, CLIPVisionConfig).
 _TEXT = {
     "width": ("hidden_size", 512),
     "heads": ("num_attention_heads", 8),
@@ -65,6 +63,7 @@ _VISION = {
     "layers": ("num_hidden_layers", 12),
 }
 TEXT_MODEL_TYPE = "clip_text_model"
+VISION_MODEL_TYPE = "clip_vision_model"
 _LEGACY_EOS = 2  # transformers then takes the largest id, as OpenAI does
 
 
@@ -113,9 +112,11 @@ def config_from_json(values: Mapping[str, Any], origin: str) -> CLIPConfig:
 
 
 def _config(values: Mapping[str, Any], origin: str) -> CLIPConfig:
-    if values.get("model_type") == TEXT_MODEL_TYPE:
-        raise UserError(f"{origin}: model_type is {TEXT_MODEL_TYPE!r}, a text tower alone: open it with load_text")
-    check_only("model_type", values.get("model_type"), ("clip",), origin)
+    kind = values.get("model_type")
+    if kind in (TEXT_MODEL_TYPE, VISION_MODEL_TYPE):
+        use = "; clip_jax.weights.load_text reads it" if kind == TEXT_MODEL_TYPE else ""
+        raise UserError(f"{origin}: one tower of a CLIP model alone ({kind}){use}")
+    check_only("model_type", kind, ("clip",), origin)
     # Files of transformers before 4.30 keep what was changed from the defaults in `..._config_dict`.
     text = values.get("text_config_dict") or values.get("text_config") or {}
     vision = values.get("vision_config_dict") or values.get("vision_config") or {}
@@ -125,7 +126,7 @@ def _config(values: Mapping[str, Any], origin: str) -> CLIPConfig:
     check_only("num_channels", vision.get("num_channels", 3), (3,), origin)
     return CLIPConfig(
         embed_dim=values.get("projection_dim", 512),
-        vision=VisionTransformerConfig(**_fields(_VISION, vision)),
+        vision=VisionTransformerConfig(**fields.from_json(_VISION, vision)),
         text=text_config,
         activation=activation,
     )
@@ -137,21 +138,12 @@ def text_from_json(values: Mapping[str, Any], origin: str) -> tuple[TextConfig, 
     Raises:
       UserError: this architecture cannot express it; `origin` names the file.
     """
-    text, activation = TextConfig(**_fields(_TEXT, values)), values.get("hidden_act", "quick_gelu")
+    text, activation = TextConfig(**fields.from_json(_TEXT, values)), values.get("hidden_act", "quick_gelu")
     check_only("text layer_norm_eps", values.get("layer_norm_eps", LAYER_NORM_EPSILON), (LAYER_NORM_EPSILON,), origin)
     check_only("text hidden_act", activation, ACTIVATIONS, origin)
     # transformers pools at the first `eos_token_id`, we at the largest id: the same if that ends the vocabulary.
     check_only("text eos_token_id", values.get("eos_token_id", END_OF_TEXT), (_LEGACY_EOS, text.vocab_size - 1), origin)
     return text, activation
-
-
-def _fields(pairs: _Pairs, values: Mapping[str, Any]) -> dict[str, Any]:
-    return {ours: values.get(theirs, default) for ours, (theirs, default) in pairs.items()}
-
-
-def _settings(pairs: _Pairs, tower: TextConfig | VisionTransformerConfig) -> dict[str, Any]:
-    """Inverse of `_fields`."""
-    return {theirs: getattr(tower, ours) for ours, (theirs, _) in pairs.items()}
 
 
 def write(folder: Path, config: CLIPConfig, variables: Any) -> None:
@@ -165,9 +157,8 @@ def write(folder: Path, config: CLIPConfig, variables: Any) -> None:
         temporary.mkdir()
         write_json(temporary / "config.json", values)
         huggingface_processing.write(temporary, config)
-        tensor_file.write_safetensors(
-            temporary / WEIGHT_FILES[0], mapping.to_tensors(variables, mapping.leaves(config), naming)
-        )
+        named = mapping.to_tensors(variables, mapping.leaves(config), naming)
+        tensor_file.write_safetensors(temporary / WEIGHT_FILES[0], named)
 
 
 def config_to_json(config: CLIPConfig) -> dict[str, Any]:
@@ -196,8 +187,8 @@ def config_to_json(config: CLIPConfig) -> dict[str, Any]:
         "model_type": "clip",
         "dtype": "float32",
         "projection_dim": config.embed_dim,
-        "text_config": {"model_type": TEXT_MODEL_TYPE} | _settings(_TEXT, text) | special | shared,
-        "vision_config": {"model_type": "clip_vision_model", "num_channels": 3}
-        | _settings(_VISION, config.vision)
+        "text_config": {"model_type": TEXT_MODEL_TYPE} | fields.to_json(_TEXT, text) | special | shared,
+        "vision_config": {"model_type": VISION_MODEL_TYPE, "num_channels": 3}
+        | fields.to_json(_VISION, config.vision)
         | shared,
     }

@@ -12,16 +12,16 @@ from typing import Any
 
 from clip_jax.errors import UserError
 from clip_jax.models import CLIPConfig, ResNetConfig, TextConfig, VisionTransformerConfig
-from clip_jax.weights import mapping, openai, tensor_file
+from clip_jax.weights import fields, mapping, openai, tensor_file
 from clip_jax.weights.files import appears_whole, read_json, write_json
 
 CONFIG_FILE = "open_clip_config.json"
 # The names open_clip gives and looks for in a local folder or a hub repository.
 WEIGHT_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", "open_clip_pytorch_model.bin")
 
-# open_clip's field -> ours, and what open_clip takes where it is missing (CLIPVisionCfg, CLIPTextCfg). The MLP's width
+# Our field -> open_clip's, and what open_clip takes where it is missing (CLIPVisionCfg, CLIPTextCfg). The MLP's width
 # and the image tower's heads are spelled otherwise: as a ratio, and as the width of one head.
-_RESNET = {"image_size": ("image_resolution", 224), "width": ("width", 768), "layers": ("layers", 12)}
+_RESNET = {"image_resolution": ("image_size", 224), "width": ("width", 768), "layers": ("layers", 12)}
 _VIT = _RESNET | {"patch_size": ("patch_size", 16)}
 _TEXT = {
     "context_length": ("context_length", 77),
@@ -31,6 +31,7 @@ _TEXT = {
     "layers": ("layers", 12),
 }
 _MODEL_FIELDS = {"embed_dim", "quick_gelu", "init_logit_scale", "init_logit_bias", "vision_cfg", "text_cfg"}
+_VISION_FIELDS = {"image_size", "layers", "width", "head_width", "patch_size", "mlp_ratio"}
 _CASED = {"clean": "whitespace"}
 _HARMLESS = {  # settings with one value that means what this architecture does
     "custom_text": (True, False),
@@ -89,13 +90,13 @@ def config_from_json(values: Mapping[str, Any], origin: str) -> CLIPConfig:
         model = values.get("model_cfg", values)
         vision, text = model["vision_cfg"], model["text_cfg"]
         _check_fields(model, _MODEL_FIELDS, f"{origin}: model_cfg")
-        _check_fields(vision, {*_VIT, "head_width", "mlp_ratio"}, f"{origin}: vision_cfg")
+        _check_fields(vision, _VISION_FIELDS, f"{origin}: vision_cfg")
         _check_fields(text, {*_TEXT, "mlp_ratio"}, f"{origin}: text_cfg")
-        cased = {"lowercase": text.get("tokenizer_kwargs") != _CASED}
+        lowercase = text.get("tokenizer_kwargs") != _CASED
         config = CLIPConfig(
             embed_dim=model["embed_dim"],
             vision=_vision_config(vision),
-            text=_with_mlp(TextConfig, _from_json(_TEXT, text) | cased, text),
+            text=_with_mlp(TextConfig, fields.from_json(_TEXT, text) | {"lowercase": lowercase}, text),
             activation="quick_gelu" if model.get("quick_gelu") else "gelu",
             logit_bias=model.get("init_logit_bias") is not None,
         )
@@ -109,23 +110,15 @@ def config_from_json(values: Mapping[str, Any], origin: str) -> CLIPConfig:
 def _vision_config(vision: Mapping[str, Any]) -> VisionTransformerConfig | ResNetConfig:
     head_width = vision.get("head_width", 64)
     if isinstance(vision.get("layers"), list):
-        fields = _from_json(_RESNET, vision | {"layers": tuple(vision["layers"])})
-        return ResNetConfig(**fields, heads=fields["width"] * 32 // head_width)
-    fields = _from_json(_VIT, vision)
-    return _with_mlp(VisionTransformerConfig, fields | {"heads": fields["width"] // head_width}, vision)
+        tower = fields.from_json(_RESNET, vision | {"layers": tuple(vision["layers"])})
+        return ResNetConfig(**tower, heads=tower["width"] * 32 // head_width)
+    tower = fields.from_json(_VIT, vision)
+    return _with_mlp(VisionTransformerConfig, tower | {"heads": tower["width"] // head_width}, vision)
 
 
-def _from_json(table: Mapping[str, tuple[str, int]], values: Mapping[str, Any]) -> dict[str, Any]:
-    return {ours: values.get(theirs, default) for theirs, (ours, default) in table.items()}
-
-
-def _to_json(table: Mapping[str, tuple[str, int]], tower: Any) -> dict[str, Any]:
-    return {theirs: getattr(tower, ours) for theirs, (ours, _) in table.items()}
-
-
-def _with_mlp(tower: type, fields: Mapping[str, Any], values: Mapping[str, Any]) -> Any:
+def _with_mlp(tower: type, arguments: Mapping[str, Any], values: Mapping[str, Any]) -> Any:
     # The width is cut, not rounded, as open_clip does.
-    return tower(**fields, mlp_width=int(fields["width"] * float(values.get("mlp_ratio", 4))))
+    return tower(**arguments, mlp_width=int(arguments["width"] * float(values.get("mlp_ratio", 4))))
 
 
 def _ratio(tower: VisionTransformerConfig | TextConfig) -> float:
@@ -164,43 +157,41 @@ def write(folder: Path, config: CLIPConfig, variables: Any) -> None:
         tensor_file.write_safetensors(temporary / WEIGHT_FILES[0], openai.state_dict(config, variables))
 
 
-def _check_expressible(config: CLIPConfig) -> None:
-    for ours, allowed in (*_PREPROCESSING.values(), ("image_resize_to", (0,))):
-        if getattr(config, ours) not in allowed:
-            raise UserError(
-                f"open_clip has no {ours} {getattr(config, ours)!r}; write this model as huggingface or jax"
-            )
-    if config.text.tokenizer != "openai":
-        kind = config.text.tokenizer
-        raise UserError(f"open_clip would use OpenAI's tokenizer, not {kind!r}; write this model as jax")
-
-
 def config_to_json(config: CLIPConfig) -> dict[str, Any]:
     """Inverse of `config_from_json`.
 
     Raises:
-      UserError: open_clip knows no such image processing or tokenizer.
+      UserError: open_clip has no name for how this model resizes images or tokenizes texts.
     """
     _check_expressible(config)
-    vision, text = config.vision, config.text
-    if isinstance(vision, ResNetConfig):
-        vision_values = _to_json(_RESNET, vision) | {"head_width": vision.output_width // vision.heads}
-    else:
-        vision_values = _to_json(_VIT, vision) | {
-            "head_width": vision.width // vision.heads,
-            "mlp_ratio": _ratio(vision),
-        }
+    text = fields.to_json(_TEXT, config.text) | {"mlp_ratio": _ratio(config.text)}
+    case = {} if config.text.lowercase else {"tokenizer_kwargs": _CASED}
     bias = {"init_logit_bias": -10} if config.logit_bias else {}
     return {
-        "model_cfg": bias
-        | {
+        "model_cfg": {
             "embed_dim": config.embed_dim,
             "quick_gelu": config.activation == "quick_gelu",
-            "vision_cfg": vision_values,
-            "text_cfg": _to_json(_TEXT, text)
-            | {"mlp_ratio": _ratio(text)}
-            | ({} if text.lowercase else {"tokenizer_kwargs": _CASED}),
-        },
+            "vision_cfg": _vision_to_json(config.vision),
+            "text_cfg": text | case,
+        }
+        | bias,
         "preprocess_cfg": {"mode": "RGB", "mean": list(config.image_mean), "std": list(config.image_std)}
         | {theirs: getattr(config, ours) for theirs, (ours, _) in _PREPROCESSING.items()},
     }
+
+
+def _vision_to_json(vision: VisionTransformerConfig | ResNetConfig) -> dict[str, Any]:
+    if isinstance(vision, ResNetConfig):
+        return fields.to_json(_RESNET, vision) | {"head_width": vision.output_width // vision.heads}
+    return fields.to_json(_VIT, vision) | {"head_width": vision.width // vision.heads, "mlp_ratio": _ratio(vision)}
+
+
+def _check_expressible(config: CLIPConfig) -> None:
+    for ours, allowed in (*_PREPROCESSING.values(), ("image_resize_to", (0,))):
+        found = getattr(config, ours)
+        if found not in allowed:
+            raise UserError(f"open_clip has no {ours} {found!r}; write this model as huggingface or jax")
+    if config.text.tokenizer != "openai":
+        raise UserError(
+            f"open_clip would use OpenAI's tokenizer, not {config.text.tokenizer!r}; write this model as jax"
+        )

@@ -74,7 +74,9 @@ def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
 
 def write_safetensors(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
     """Write arrays; the metadata says "pt", which transformers asks for."""
-    save_file({name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}, path, metadata={"format": "pt"})
+    save_file(
+        {name: np.asarray(tensor, order="C") for name, tensor in tensors.items()}, path, metadata={"format": "pt"}
+    )
 
 
 def shards(index: Path) -> list[str]:

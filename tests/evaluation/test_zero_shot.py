@@ -80,8 +80,8 @@ def test_texts_go_through_the_models_own_tokenizer():
     texts = ["A DOG", "a dog"]
     tokens = tokenize(texts, 16, lowercase=False)
     expected = unit(np.asarray(cased.apply(variables(), tokens, method=cased.encode_text)))
-    partitioner = make_partitioner(MeshConfig(), jax.devices()[:1])
-    got = Encoders(cased, partitioner).texts(variables(), texts)
+    own = make_encoders(cased, make_partitioner(MeshConfig(), jax.devices()[:1]))
+    got = own.encode_tokens(variables(), own.tokenizer(texts))
     np.testing.assert_allclose(got, expected, atol=1e-6)
     assert np.abs(got[0] - got[1]).max() > 0.1
 

@@ -131,5 +131,5 @@ def test_bin_folder(folder, tmp_path):
 
 def test_text_folder_is_no_whole_model(folder, tmp_path):
     CLIPTextModel.from_pretrained(folder[0]).save_pretrained(tmp_path)
-    with pytest.raises(UserError, match="model_type"):
+    with pytest.raises(UserError, match="load_text"):
         load_variables(tmp_path)

@@ -58,7 +58,8 @@ def test_parameters_are_gathered_whole_on_a_small_slice():
     """Parts of 48 rows invite the compiler to loop over them, sending each on to the next chip."""
     sizes = {"model.vision.width": "768", "model.vision.mlp_width": "3072", "model.vision.heads": "12"}
     changes = {**SMALL, **sizes, "batch_size": "2048", "mesh.data": "1", "mesh.fsdp": "16"}
-    collectives = make_plan(load_config("demo", changes), parse_topology("v5e-16")).cost.collectives
+    config = load_config("demo", changes)
+    collectives = make_plan(config, parse_topology("v5e-16")).cost.collectives
     assert collectives["collective-permute"].count < 200  # the loss's ring alone: 16 chips, forwards and backwards
     assert collectives["all-gather"].count > 3 * 2 * 6  # layers x forward and backward x matrices of a block
 

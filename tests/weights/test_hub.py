@@ -32,7 +32,8 @@ class Hub:
         threading.Thread(target=self.server.serve_forever, args=(0.05,), daemon=True).start()
 
     def upload(self, name, folder):
-        self.repositories[name] = {file.name: file.read_bytes() for file in folder.iterdir()}
+        files = (file for file in folder.rglob("*") if file.is_file())
+        self.repositories[name] = {str(file.relative_to(folder)): file.read_bytes() for file in files}
 
     @property
     def fetched(self):
@@ -64,7 +65,7 @@ class Hub:
                 elif is_api:
                     info = {"id": name, "sha": COMMIT, "siblings": [{"rfilename": file} for file in files]}
                     self.answer(200, json.dumps(info).encode(), {"Content-Type": "application/json"})
-                elif (file := path.rpartition("/")[2]) in files:
+                elif (file := path.partition("/resolve/")[2].partition("/")[2]) in files:
                     etag = self.row(file, files[file])["oid"]
                     self.answer(200, files[file], {"ETag": f'"{etag}"', "X-Repo-Commit": COMMIT})
                 else:
@@ -115,20 +116,12 @@ def assert_same_model(one, other):
 @pytest.mark.parametrize("prefix", ["", "hf-hub:"])
 def test_a_model_comes_once_and_then_from_the_cache(hub, small, tmp_path, monkeypatch, form, prefix):
     save(tmp_path / "model", *small, form)
-    for name in (
-        "README.md",
-        "pytorch_model.bin",
-        "open_clip_pytorch_model.bin",
-        "flax_model.msgpack",
-        "tokenizer.json",
-    ):
+    wanted = {file.name for file in (tmp_path / "model").iterdir()}
+    for name in ("README.md", "pytorch_model.bin", "open_clip_pytorch_model.bin", "flax_model.msgpack"):
         (tmp_path / "model" / name).write_bytes(b"{}")
     hub.upload("org/model.v1-x", tmp_path / "model")
-    config = {"huggingface": "config.json", "open_clip": "open_clip_config.json"}[form]
-    weights = {"huggingface": "model.safetensors", "open_clip": "open_clip_model.safetensors"}[form]
     assert_same_model(small, load_variables(f"{prefix}org/model.v1-x"))
-    assert {config, weights, "tokenizer.json"} <= hub.fetched
-    assert not hub.fetched & {"README.md", "pytorch_model.bin", "open_clip_pytorch_model.bin", "flax_model.msgpack"}
+    assert hub.fetched == wanted
     hub.requests.clear()
     model, variables, _ = clip_jax.load(f"{prefix}org/model.v1-x")
     assert_same_model(small, (model.config, variables))
@@ -153,6 +146,14 @@ def test_shards_by_their_index(hub, small, tmp_path):
     whole.unlink()
     hub.upload("org/sharded", tmp_path / "model")
     assert_same_model(small, load_variables("org/sharded"))
+
+
+def test_a_model_folder_of_ours(hub, small, tmp_path, monkeypatch):
+    save(tmp_path / "model", *small, "jax")
+    hub.upload("org/ours", tmp_path / "model")
+    assert_same_model(small, load_variables("org/ours"))
+    use(monkeypatch, offline=True)
+    assert_same_model(small, load_variables("org/ours"))
 
 
 def test_a_repository_with_both_forms_is_read_as_open_clips(hub, small, tmp_path):
@@ -181,7 +182,7 @@ def test_what_the_hub_does_not_have(hub, tmp_path, monkeypatch):
     for name, message in {
         "runs/nonexistent": absent.format("runs/nonexistent"),
         "org/double--dash..dots": absent.format("org/double--dash..dots"),
-        "org/other": r"org/other on the hub holds no CLIP model that clip_jax reads: expected open_clip_config\.json",
+        "org/other": r"org/other on the hub holds no CLIP model that clip_jax reads: expected description/",
         "org/gated": "to those who accepted its terms",
     }.items():
         with pytest.raises(UserError, match=message):
