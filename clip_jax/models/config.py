@@ -183,8 +183,8 @@ class Execution:
     )
     remat: str = option(
         "none",
-        "what the backward pass recomputes: none; attention; dots: all but products with weights; full: all but the "
-        "input of each iteration of the layer loop, or of each ResNet block",
+        "what the backward pass recomputes: none; attention (both keep gathered parameters); dots: all but products "
+        "with weights; full: all but the input of each iteration of the layer loop, or of each ResNet block",
         may_change=True,
     )
     unroll: int = option(1, "Transformer blocks in one iteration of the layer loop, at most", may_change=True)
