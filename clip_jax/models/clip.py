@@ -12,7 +12,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from clip_jax.errors import UserError
-from clip_jax.models.config import CLIPConfig, Execution, ResNetConfig
+from clip_jax.models.config import CLIPConfig, Execution, ResNetConfig, VisionTransformerConfig
 from clip_jax.models.initializers import constant
 from clip_jax.models.resnet import ModifiedResNet
 from clip_jax.models.text import TextOutput, TextTransformer
@@ -20,6 +20,9 @@ from clip_jax.models.vision_transformer import VisionTransformer
 from clip_jax.precision import at_least_float32
 
 FIRST_LOGIT_SCALE = float(np.log(1 / 0.07))  # of the paper; a loss of another recipe starts it elsewhere
+
+# The module of each class that `CLIPConfig.vision` can be of.
+IMAGE_TOWERS = {VisionTransformerConfig: VisionTransformer, ResNetConfig: ModifiedResNet}
 
 Images = Float[Array | np.ndarray, "images _height _width 3"]
 Tokens = Int[Array | np.ndarray, "texts length"]
@@ -42,10 +45,8 @@ class CLIP(nn.Module):
 
     def setup(self):
         config, execution = self.config, self.execution
-        if isinstance(config.vision, ResNetConfig):
-            self.visual = ModifiedResNet(config.vision, config.embed_dim, execution)
-        else:
-            self.visual = VisionTransformer(config.vision, config.embed_dim, config.activation, execution)
+        image_tower = IMAGE_TOWERS[type(config.vision)]
+        self.visual = image_tower(config.vision, config.embed_dim, config.activation, execution)
         self.text = TextTransformer(config.text, config.embed_dim, config.activation, execution)
         self.logit_scale = self.param("logit_scale", constant(FIRST_LOGIT_SCALE), ())
         if config.logit_bias:

@@ -158,10 +158,14 @@ class AttentionPool2d(nn.Module):
 
 
 class ModifiedResNet(nn.Module):
-    """Stem, four stages of bottlenecks, attention pool. `train` normalises by the batch's statistics."""
+    """Stem, four stages of bottlenecks, attention pool. `train` normalises by the batch's statistics.
+
+    `activation` is the text tower's; this one has ReLU throughout.
+    """
 
     config: ResNetConfig
     embed_dim: int
+    activation: str
     execution: Execution
 
     def setup(self):
