@@ -135,7 +135,7 @@ def variables_of(tensors: Mapping[str, torch.Tensor], config: CLIPConfig) -> dic
 def save_torchscript(model: torch.nn.Module, config: CLIPConfig, path: Path) -> None:
     """Save as OpenAI did: a traced TorchScript archive in `convert_weights`' mix of float16 and float32."""
     resolution, length = config.vision.image_resolution, config.text.context_length
-    for name, size in zip(SIZE_BUFFERS, (resolution, length, config.text.vocab_size), strict=True):
+    for name, size in zip(openai.SIZE_BUFFERS, (resolution, length, config.text.vocab_size), strict=True):
         model.__dict__.pop(name, None)
         model.register_buffer(name, torch.tensor(size))
     inputs = torch.zeros(1, 3, resolution, resolution), torch.zeros(1, length, dtype=torch.long)

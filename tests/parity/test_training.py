@@ -4,6 +4,7 @@ In float64 both compute the same functions to nine digits, whatever the CPU. In 
 then (1 % of a gradient) and grows from step to step, so it is followed for as long as it does not decide the result.
 """
 
+import dataclasses
 import math
 from typing import NamedTuple
 
@@ -24,7 +25,13 @@ from clip_jax.weights.verify import random_inputs
 from tests.reference_models import ODD_RESNET, ODD_VIT, in_float64, random_openai_model, variables_of
 
 STEPS, BATCH = 50, 8
-CONFIGS = {"vit": ODD_VIT, "resnet": ODD_RESNET}
+CONFIGS = {
+    "vit": ODD_VIT,
+    # Fewer pixels and blocks: XLA's convolutions in float64 are plain loops.
+    "resnet": dataclasses.replace(
+        ODD_RESNET, vision=dataclasses.replace(ODD_RESNET.vision, image_resolution=64, layers=(1, 2, 1, 1))
+    ),
+}
 # The paper's settings (tables 18 and 20), with a shorter warm-up.
 SETTINGS = {
     "vit": OptimizerConfig(learning_rate=5e-4, warmup_steps=10),
@@ -61,7 +68,7 @@ def test_float64_is_the_same_function(reference):
 def test_float32_follows(reference):
     name, expected = reference
     ours = our_run(name, "float32", STEPS // 5)
-    np.testing.assert_allclose(ours.losses, expected.losses[: STEPS // 5], rtol=1e-3)
+    np.testing.assert_allclose(ours.losses, expected.losses[: STEPS // 5], rtol=1e-3 if name == "vit" else 2e-2)
     check(ours.gradients, expected.gradients, 1e-4 if name == "vit" else 5e-2)
     check(ours.statistics, expected.statistics, 1e-5)
 
