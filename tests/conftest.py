@@ -10,8 +10,8 @@ os.environ["XLA_FLAGS"] = " ".join(
     [
         # Eight devices share few cores: one that waits for the others is slow, not stuck, and must not end the process.
         "--xla_cpu_collective_call_terminate_timeout_seconds=300",
-        # Most time goes into compiling small programs that run once: all passes over HLO, but few of LLVM's.
-        "--xla_backend_optimization_level=1",
+        # Most time goes into compiling small programs that run once: all passes over HLO, but none of LLVM's.
+        "--xla_backend_optimization_level=0",
     ]
 )
 
