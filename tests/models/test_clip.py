@@ -248,10 +248,14 @@ def test_images_of_the_wrong_size_are_refused():
         model.apply(variables, np.zeros((1, 64, 64, 3), np.float32), method=model.encode_image)
 
 
-@pytest.mark.parametrize(("method", "inputs"), [("encode_image", tiny.images), ("encode_text", tiny.tokens)])
+@pytest.mark.parametrize(
+    ("method", "inputs"),
+    [("encode_image", np.zeros((1, 32, 32, 3), np.float32)), ("encode_text", tiny.tokens(tiny.VIT, 1))],
+    ids=["image", "text"],
+)
 def test_a_method_called_without_weights_says_how_it_is_called(method, inputs):
     with pytest.raises(UserError, match=rf"expected model\.apply\(variables, .*, method=model\.{method}\)"):
-        getattr(CLIP(tiny.VIT), method)(inputs(tiny.VIT, 1))
+        getattr(CLIP(tiny.VIT), method)(inputs)
 
 
 def test_tokens_beyond_the_context_are_refused():
