@@ -131,11 +131,12 @@ class _HelpConfig(argparse.Action):
     """--help_config: print every field of a config, and exit."""
 
     def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        from clip_jax.data.sources import SOURCES
         from clip_jax.training.config import RunConfig
 
         print("Fields of a config file; --config.FIELD=VALUE overrides one. A resumed run may change those with a *.")
         print("Those without a value here must be given where their group is.\n")
-        print(options.describe(RunConfig))
+        print(options.describe({"": RunConfig, **{f"data.{kind}": source for kind, source in SOURCES.items()}}))
         parser.exit()
 
 

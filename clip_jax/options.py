@@ -122,9 +122,14 @@ def kept_values(config: Any, prefix: str = "") -> dict[str, Any]:
     return values
 
 
-def describe(cls: type) -> str:
-    """Every option with its type, default and help, group by group; for a terminal."""
-    sections = list(_sections(cls, "", ""))
+def describe(groups: Mapping[str, type]) -> str:
+    """Every option with its type, default and help, for a terminal.
+
+    Args:
+      groups: dataclasses by the names that their options begin with, without the last dot.
+    """
+    titles = {name: f"{name}: {cls.__doc__}" if name else "" for name, cls in groups.items()}
+    sections = [section for name, cls in groups.items() for section in _sections(cls, name, titles[name])]
     names = max(len(name) for _, rows in sections for name, _, _ in rows)
     kinds = min(30, max(len(kind) for _, rows in sections for _, kind, _ in rows))
     lines = []

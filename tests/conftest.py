@@ -6,8 +6,14 @@ from pathlib import Path
 import jax
 import pytest
 
-# Eight devices share few cores here: one that waits for the others is slow, not stuck, and must not end the process.
-os.environ["XLA_FLAGS"] = "--xla_cpu_collective_call_terminate_timeout_seconds=300"
+os.environ["XLA_FLAGS"] = " ".join(
+    [
+        # Eight devices share few cores: one that waits for the others is slow, not stuck, and must not end the process.
+        "--xla_cpu_collective_call_terminate_timeout_seconds=300",
+        # Most time goes into compiling small programs that run once: all passes over HLO, but none of LLVM's.
+        "--xla_backend_optimization_level=0",
+    ]
+)
 
 # Compiled programs are kept between tests and runs; the subprocesses that tests start find them too.
 os.environ["JAX_COMPILATION_CACHE_DIR"] = str(Path(__file__).parent.parent / ".pytest_cache" / "jax")

@@ -2,14 +2,17 @@
 
 import math
 import warnings
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
+from flax.traverse_util import unflatten_dict
 
 from clip_jax.models import CLIPConfig, ResNetConfig, TextConfig, VisionTransformerConfig
-from clip_jax.weights.openai import SIZE_BUFFERS
+from clip_jax.weights import openai
+from clip_jax.weights.mapping import Leaf, leaves
 from clip_jax.weights.verify import openai_classes, random_inputs
 
 # Threads that wait for each other take far longer on shared cores than one that does all the work.
@@ -116,10 +119,23 @@ def in_float64(model: torch.nn.Module) -> torch.nn.Module:
     return model
 
 
+def variables_of(tensors: Mapping[str, torch.Tensor], config: CLIPConfig) -> dict:
+    """Tensors by OpenAI's names in our layout and in their own precision (files' tensors always become float32)."""
+
+    def layer(leaf: Leaf, name: str) -> np.ndarray:
+        source = openai.naming(name)
+        tensor = tensors[source.key].detach().numpy()
+        return leaf.from_torch(tensor if source.part is None else np.split(tensor, 3)[source.part])
+
+    layers = {leaf: [layer(leaf, name) for name in leaf.names] for leaf in leaves(config)}
+    flat = {leaf.path: np.array(each if leaf.stacked else each[0]) for leaf, each in layers.items()}
+    return unflatten_dict(flat, sep="/")
+
+
 def save_torchscript(model: torch.nn.Module, config: CLIPConfig, path: Path) -> None:
     """Save as OpenAI did: a traced TorchScript archive in `convert_weights`' mix of float16 and float32."""
     resolution, length = config.vision.image_resolution, config.text.context_length
-    for name, size in zip(SIZE_BUFFERS, (resolution, length, config.text.vocab_size), strict=True):
+    for name, size in zip(openai.SIZE_BUFFERS, (resolution, length, config.text.vocab_size), strict=True):
         model.__dict__.pop(name, None)
         model.register_buffer(name, torch.tensor(size))
     inputs = torch.zeros(1, 3, resolution, resolution), torch.zeros(1, length, dtype=torch.long)

@@ -168,7 +168,8 @@ def test_what_a_run_must_keep():
 
 
 def test_the_list_has_every_option_its_default_and_its_line():
-    lines = [" ".join(line.split()) for line in options.describe(Drawing).splitlines()]
+    lines = [" ".join(line.split()) for line in options.describe({"": Drawing, "more": Speed}).splitlines()]
+    assert "more.exact bool = True or fast" in lines
     assert "title str what to call it" in lines
     assert "pieces int = 1 at a time *" in lines
     assert "shape.radius float in metres" in lines

@@ -3,26 +3,27 @@
 A new kind costs one class and its line in `SOURCES`.
 """
 
-import difflib
+import math
 from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 from clip_jax.data.digits import Digits
 from clip_jax.data.example import Cached, Source
 from clip_jax.data.folder import CaptionedFolder
 from clip_jax.errors import UserError
+from clip_jax.options import from_dict, option
 
 
 @dataclass(frozen=True, kw_only=True)
 class SourceConfig:
-    """What every kind of source has.
+    """What every kind of source has."""
 
-    Attributes:
-      weight: how often it is drawn from, relative to the others.
-    """
+    weight: float = option(1.0, "how often it is drawn from, relative to the others")
 
-    weight: float = 1.0
+    def __post_init__(self):
+        if not 0 < self.weight < math.inf:
+            raise UserError(f"weight must be above 0, got {self.weight}")
 
     def open(self, data_dir: str) -> Source:
         """The data; `data_dir` is where TFDS keeps its data sets, "" its own default."""
@@ -31,13 +32,9 @@ class SourceConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ShapesConfig(SourceConfig):
-    """Scenes of one coloured shape, rendered on first use.
+    """Scenes of one coloured shape, rendered on first use."""
 
-    Attributes:
-      split: train, validation or held_out.
-    """
-
-    split: str = "train"
+    split: str = option("train", "train, validation or held_out")
 
     def open(self, data_dir: str) -> Source:
         from clip_jax.data import shapes, tfds_source  # import TFDS
@@ -47,13 +44,9 @@ class ShapesConfig(SourceConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class DigitsConfig(SourceConfig):
-    """The handwritten digits that scikit-learn ships.
+    """The handwritten digits that scikit-learn ships."""
 
-    Attributes:
-      split: train or test.
-    """
-
-    split: str = "train"
+    split: str = option("train", "train or test")
 
     def open(self, data_dir: str) -> Source:
         return Digits(self.split)
@@ -61,13 +54,14 @@ class DigitsConfig(SourceConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class FolderConfig(SourceConfig):
-    """Images in a folder, each with its captions in a text file beside it.
+    """Images in a folder, each with its captions in a text file beside it."""
 
-    Attributes:
-      path: the folder.
-    """
+    path: str = option(help="of the folder")
 
-    path: str
+    def __post_init__(self):
+        super().__post_init__()
+        if not self.path:
+            raise UserError("path is empty; name the folder, as in --config.data.folder.path=PATH")
 
     def open(self, data_dir: str) -> Source:
         return CaptionedFolder(self.path)
@@ -75,23 +69,14 @@ class FolderConfig(SourceConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class TfdsConfig(SourceConfig):
-    """A TensorFlow Datasets data set that is prepared as array records.
+    """A TensorFlow Datasets data set that is prepared as array records."""
 
-    Attributes:
-      name: as TFDS spells it, such as `coco_captions/2017`.
-      split: one of its splits, or a slice of one, such as `train[:90%]`.
-      data_dir: where it was prepared; "" is the run's data_dir.
-      image_field: its field with the images; "" is the one called image.
-      caption_field: its field with the captions; "" is the one called captions, caption or text.
-      label_field: its field with the labels; "" is the one called label.
-    """
-
-    name: str
-    split: str = "train"
-    data_dir: str = ""
-    image_field: str = ""
-    caption_field: str = ""
-    label_field: str = ""
+    name: str = option(help="as TFDS spells it, such as coco_captions/2017")
+    split: str = option("train", "one of its splits, or a slice of one, such as train[:90%]")
+    data_dir: str = option("", "where it was prepared; empty for the run's data_dir")
+    image_field: str = option("", "its field with the images; empty for the one called image")
+    caption_field: str = option("", "its field with the captions; empty for the one called captions, caption or text")
+    label_field: str = option("", "its field with the labels; empty for the one called label")
 
     def open(self, data_dir: str) -> Source:
         from clip_jax.data import tfds_source  # imports TFDS
@@ -141,23 +126,10 @@ def source_config(name: str, values: Any) -> SourceConfig:
     Raises:
       UserError: an unknown kind, or a field that is unknown, missing or of another type; the message names it.
     """
-    if not isinstance(values, Mapping):
-        raise UserError(f"data.{name} must hold fields, like {{'weight': 1.0}}; got {values!r}")
-    values = dict(values)
-    kind = values.pop("kind", name)
-    if kind not in SOURCES:
+    kind = name
+    if isinstance(values, Mapping):
+        values = dict(values)
+        kind = values.pop("kind", name)
+    if kind not in list(SOURCES):
         raise UserError(f"unknown data source {kind!r}; known are {', '.join(SOURCES)}")
-    known = {field.name: field for field in fields(SOURCES[kind])}
-    for key, value in values.items():
-        if key not in known:
-            near = difflib.get_close_matches(key, known, n=3) or sorted(known)
-            raise UserError(f"data.{name} has no field {key!r}; did you mean {', '.join(near)}?")
-        wanted = known[key].type
-        if wanted is float and isinstance(value, int):
-            values[key] = float(value)
-        elif not isinstance(value, wanted):
-            raise UserError(f"data.{name}.{key} must be of type {wanted.__name__}, got {value!r}")
-    for key, field in known.items():
-        if field.default is MISSING and not values.get(key):
-            raise UserError(f"data.{name} needs a {key}: give --config.data.{name}.{key}={key.upper()}")
-    return SOURCES[kind](**values)
+    return from_dict(SOURCES[kind], values, f"data.{name}")

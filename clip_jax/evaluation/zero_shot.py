@@ -69,7 +69,8 @@ def make_encoders(model: CLIP, partitioner: Partitioner) -> Encoders:
     preprocess = Preprocess.from_config(config)
 
     def encode_images(variables: Variables, images: Array) -> Array:
-        return normalize(model.apply(variables, preprocess.normalize(images), method=model.encode_image))
+        pixels = preprocess.normalize(images, model.execution.wide_dtype)
+        return normalize(model.apply(variables, pixels, method=model.encode_image))
 
     def encode_tokens(variables: Variables, tokens: Array) -> Array:
         return normalize(model.apply(variables, tokens, method=model.encode_text))

@@ -27,7 +27,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
-from clip_jax.precision import at_least_float32
+from clip_jax.precision import at_least_float32, wide_dtype
 
 Tree = Any
 
@@ -84,8 +84,7 @@ def product(subscripts: str, a: Float[Array, "..."], b: Float[Array, "..."]) -> 
     """
     dtype = jnp.promote_types(a.dtype, b.dtype)
     precision = jax.lax.Precision.DEFAULT if dtype == jnp.bfloat16 else jax.lax.Precision.HIGHEST
-    result = jnp.promote_types(dtype, jnp.float32)
-    return jnp.einsum(subscripts, a, b, precision=precision, preferred_element_type=result)
+    return jnp.einsum(subscripts, a, b, precision=precision, preferred_element_type=wide_dtype(dtype))
 
 
 def paired_cosines(images: Float[Array, "local width"], texts: Float[Array, "local width"]) -> Float[Array, " local"]:

@@ -9,6 +9,7 @@ from jaxtyping import Array, Float
 
 from clip_jax.models.config import Execution
 from clip_jax.models.initializers import BlockInitializers, Initializer, constant
+from clip_jax.precision import wide_dtype
 
 
 def dot_product_attention(
@@ -19,7 +20,7 @@ def dot_product_attention(
     causal: bool = False,
     implementation: str = "xla",
 ) -> Float[Array, "batch queries heads head_dim"]:
-    """softmax(query key^T / sqrt(head_dim)) value, the softmax in float32.
+    """softmax(query key^T / sqrt(head_dim)) value, the softmax in at least float32.
 
     Args:
       query: one vector per query token and head.
@@ -31,7 +32,7 @@ def dot_product_attention(
     if implementation == "cudnn":
         return jax.nn.dot_product_attention(query, key, value, is_causal=causal, implementation="cudnn")
     scale = query.shape[-1] ** -0.5
-    logits = jnp.einsum("bqhd,bkhd->bhqk", query * scale, key, preferred_element_type=jnp.float32)
+    logits = jnp.einsum("bqhd,bkhd->bhqk", query * scale, key, preferred_element_type=wide_dtype(query.dtype))
     if causal:
         mask = jnp.tril(jnp.ones(logits.shape[-2:], bool))
         logits = jnp.where(mask[None, None], logits, -jnp.inf)

@@ -12,7 +12,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from clip_jax.errors import UserError
-from clip_jax.models.config import CLIPConfig, Execution, ResNetConfig
+from clip_jax.models.config import CLIPConfig, Execution, ResNetConfig, VisionTransformerConfig
 from clip_jax.models.initializers import constant
 from clip_jax.models.resnet import ModifiedResNet
 from clip_jax.models.text import TextOutput, TextTransformer
@@ -21,6 +21,9 @@ from clip_jax.precision import at_least_float32
 
 FIRST_LOGIT_SCALE = float(np.log(1 / 0.07))  # of the paper; a loss of another recipe starts it elsewhere
 
+# The module of each class that `CLIPConfig.vision` can be of.
+IMAGE_TOWERS = {VisionTransformerConfig: VisionTransformer, ResNetConfig: ModifiedResNet}
+
 Images = Float[Array | np.ndarray, "images _height _width 3"]
 Tokens = Int[Array | np.ndarray, "texts length"]
 
@@ -28,9 +31,9 @@ Tokens = Int[Array | np.ndarray, "texts length"]
 class CLIP(nn.Module):
     """The model of OpenAI's clip/model.py.
 
-    Images are float32 (batch, R, R, 3), normalised by the config's mean and std; tokens are int32 (batch,
-    context_length) as `tokenize` makes them. Variables: `params` (float32), and `batch_stats` if the image tower
-    is a ResNet; with `train=True` pass `mutable=["batch_stats"]` to `apply`.
+    Images are floats (batch, R, R, 3), normalised by the config's mean and std; tokens are int32 (batch,
+    context_length) as `tokenize` makes them. Variables: `params` (float32; float64 for proofs), and `batch_stats`
+    if the image tower is a ResNet; with `train=True` pass `mutable=["batch_stats"]` to `apply`.
 
     Attributes:
       config: what the model is.
@@ -42,10 +45,8 @@ class CLIP(nn.Module):
 
     def setup(self):
         config, execution = self.config, self.execution
-        if isinstance(config.vision, ResNetConfig):
-            self.visual = ModifiedResNet(config.vision, config.embed_dim, execution)
-        else:
-            self.visual = VisionTransformer(config.vision, config.embed_dim, config.activation, execution)
+        image_tower = IMAGE_TOWERS[type(config.vision)]
+        self.visual = image_tower(config.vision, config.embed_dim, config.activation, execution)
         self.text = TextTransformer(config.text, config.embed_dim, config.activation, execution)
         self.logit_scale = self.param("logit_scale", constant(FIRST_LOGIT_SCALE), ())
         if config.logit_bias:

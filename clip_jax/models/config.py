@@ -6,11 +6,13 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, ClassVar
 
+import jax
 import jax.numpy as jnp
 
 from clip_jax import options
 from clip_jax.errors import UserError
 from clip_jax.options import option
+from clip_jax.precision import wide_dtype
 
 ACTIVATIONS = ("quick_gelu", "gelu")
 REMAT_POLICIES = ("none", "full", "dots", "attention")
@@ -120,7 +122,7 @@ class CLIPConfig:
     image_mean: tuple[float, float, float] = option(OPENAI_IMAGE_MEAN, "per channel, subtracted from pixels in [0, 1]")
     image_std: tuple[float, float, float] = option(OPENAI_IMAGE_STD, "per channel, by which they are divided then")
     image_interpolation: str = option("bicubic", f"how images are resized: {', '.join(INTERPOLATIONS)}")
-    image_resize: str = option("shortest", "their shortest side, or squash: both; then the centre square is taken")
+    image_resize: str = option("shortest", "shortest: the shorter side, squash: both; then the centre square is taken")
     image_resize_to: int = option(0, "length that these sides get, pixels; 0 for the side of the square")
 
     def __post_init__(self):
@@ -175,7 +177,10 @@ class CLIPConfig:
 class Execution:
     """How a model runs; none of this changes its parameters, and only `dtype` changes its numbers noticeably."""
 
-    dtype: str = option("float32", "compute type: float32 or bfloat16; parameters, statistics, losses stay float32")
+    dtype: str = option(
+        "float32",
+        "compute type: float32 or bfloat16, while parameters, statistics and losses stay float32; float64 for proofs",
+    )
     remat: str = option(
         "none",
         "what the backward pass recomputes: none; attention (both keep gathered parameters); dots: all but products "
@@ -192,7 +197,12 @@ class Execution:
     )
 
     def __post_init__(self):
-        _check_choice("dtype", self.dtype, ("float32", "bfloat16"))
+        _check_choice("dtype", self.dtype, ("float32", "bfloat16", "float64"))
+        if self.dtype == "float64" and not jax.config.jax_enable_x64:
+            raise UserError(
+                'dtype="float64" needs 64-bit types, which JAX has switched off; set the environment variable '
+                'JAX_ENABLE_X64=1, or compute in "float32"'
+            )
         _check_choice("remat", self.remat, REMAT_POLICIES)
         _check_choice("attention", self.attention, ATTENTION_IMPLEMENTATIONS)
         if self.unroll < 1:
@@ -208,6 +218,11 @@ class Execution:
     def compute_dtype(self) -> jnp.dtype:
         """`dtype` as jax.numpy knows it."""
         return jnp.dtype(self.dtype)
+
+    @property
+    def wide_dtype(self) -> jnp.dtype:
+        """The type of what must not be rounded: at least float32."""
+        return wide_dtype(self.dtype)
 
 
 def _check_positive(config: Any) -> None:

@@ -1,6 +1,6 @@
 """How OpenAI's code draws the first weights (`CLIP.initialize_parameters` and PyTorch's defaults behind it).
 
-Each initializer carries the logical names of the axes of the parameter it draws; clip_jax/parallel.py maps these
+Each initializer draws float32 and carries the logical names of the parameter's axes; clip_jax/parallel.py maps these
 names to the mesh.
 """
 
@@ -18,12 +18,12 @@ Initializer = Callable[..., jax.Array]
 
 def normal(std: float, *axes: str) -> Initializer:
     """Gaussian of standard deviation `std`."""
-    return nn.with_logical_partitioning(nn.initializers.normal(std), axes)
+    return nn.with_logical_partitioning(nn.initializers.normal(std, jnp.float32), axes)
 
 
 def constant(value: float, *axes: str) -> Initializer:
     """Every entry is `value`."""
-    return nn.with_logical_partitioning(nn.initializers.constant(value), axes)
+    return nn.with_logical_partitioning(nn.initializers.constant(value, jnp.float32), axes)
 
 
 def uniform(bound: float, *axes: str) -> Initializer:

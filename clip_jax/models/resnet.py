@@ -13,6 +13,7 @@ from clip_jax.models.attention import ToHeads, dot_product_attention
 from clip_jax.models.config import Execution, ResNetConfig
 from clip_jax.models.convolution import convolve, pointwise
 from clip_jax.models.initializers import constant, normal, torch_linear
+from clip_jax.precision import at_least_float32
 
 EXPANSION = 4
 BATCH_NORM_EPSILON = 1e-5
@@ -23,7 +24,7 @@ class BatchNorm(nn.Module):
     """Batch normalisation over all axes but the last, as torch.nn.BatchNorm2d does it.
 
     In training the statistics are those of the whole (global) batch, and the running variance takes the unbiased
-    estimate, which flax.linen.BatchNorm does not. Statistics are float32.
+    estimate, which flax.linen.BatchNorm does not. Statistics are at least float32.
     """
 
     dtype: jnp.dtype
@@ -36,14 +37,14 @@ class BatchNorm(nn.Module):
         # A convolution comes before each: the partitioner might move its activations rather than its kernel.
         x = nn.with_logical_constraint(x, ("batch", "height", "width", "features"))
         channels = x.shape[-1]
-        running_mean = self.variable("batch_stats", "mean", jnp.zeros, (channels,))
-        running_var = self.variable("batch_stats", "var", jnp.ones, (channels,))
+        running_mean = self.variable("batch_stats", "mean", jnp.zeros, (channels,), jnp.float32)
+        running_var = self.variable("batch_stats", "var", jnp.ones, (channels,), jnp.float32)
         scale = self.param("scale", self.scale_init, (channels,))
         bias = self.param("bias", constant(0.0, "norm"), (channels,))
-        x32 = x.astype(jnp.float32)
+        wide = at_least_float32(x)
         if train:
-            mean = x32.mean((0, 1, 2))
-            var = jnp.square(x32 - _per_channel(mean)).mean((0, 1, 2))
+            mean = wide.mean((0, 1, 2))
+            var = jnp.square(wide - _per_channel(mean)).mean((0, 1, 2))
             if not self.is_initializing():
                 samples = x.size // channels
                 unbiased = var * (samples / max(samples - 1, 1))
@@ -52,12 +53,12 @@ class BatchNorm(nn.Module):
         else:
             mean, var = running_mean.value, running_var.value
         factor = scale * jax.lax.rsqrt(var + BATCH_NORM_EPSILON)
-        y = (x32 - _per_channel(mean)) * _per_channel(factor) + _per_channel(bias)
+        y = (wide - _per_channel(mean)) * _per_channel(factor) + _per_channel(bias)
         return y.astype(self.dtype)
 
 
 def _moving_average(old: Float[Array, "channels"], new: Float[Array, "channels"]) -> Float[Array, "channels"]:
-    return BATCH_NORM_MOMENTUM * old + (1 - BATCH_NORM_MOMENTUM) * new
+    return (BATCH_NORM_MOMENTUM * old + (1 - BATCH_NORM_MOMENTUM) * new).astype(old.dtype)
 
 
 def _per_channel(x: Float[Array, "channels"]) -> Float[Array, "1 1 1 channels"]:
@@ -157,10 +158,14 @@ class AttentionPool2d(nn.Module):
 
 
 class ModifiedResNet(nn.Module):
-    """Stem, four stages of bottlenecks, attention pool. `train` normalises by the batch's statistics."""
+    """Stem, four stages of bottlenecks, attention pool. `train` normalises by the batch's statistics.
+
+    `activation` is the text tower's; this one has ReLU throughout.
+    """
 
     config: ResNetConfig
     embed_dim: int
+    activation: str
     execution: Execution
 
     def setup(self):

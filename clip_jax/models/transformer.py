@@ -36,7 +36,7 @@ def activation_function(name: str) -> Callable[[Float[Array, "*shape"]], Float[A
 
 
 def layer_norm(name: str | None, dtype: jnp.dtype) -> nn.LayerNorm:
-    """LayerNorm with OpenAI's epsilon: statistics in float32, the result in `dtype`."""
+    """LayerNorm with OpenAI's epsilon: statistics in at least float32, the result in `dtype`."""
     return nn.LayerNorm(
         epsilon=LAYER_NORM_EPSILON,
         dtype=dtype,

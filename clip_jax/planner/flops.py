@@ -19,8 +19,8 @@ def train_flops(config: CLIPConfig, global_batch: int) -> int:
 
 def forward_flops(config: CLIPConfig) -> int:
     """Of encoding one image and one text."""
-    tower = _resnet if isinstance(config.vision, ResNetConfig) else _vision_transformer
-    return tower(config.vision, config.embed_dim) + _text(config.text, config.embed_dim)
+    image_tower = _IMAGE_TOWERS[type(config.vision)]
+    return image_tower(config.vision, config.embed_dim) + _text(config.text, config.embed_dim)
 
 
 def _vision_transformer(config: VisionTransformerConfig, embed_dim: int) -> int:
@@ -73,3 +73,6 @@ def _conv(side: int, kernel: int, channels_in: int, channels_out: int) -> int:
 
 def _matmul(rows: int, inner: int, columns: int) -> int:
     return 2 * rows * inner * columns
+
+
+_IMAGE_TOWERS = {VisionTransformerConfig: _vision_transformer, ResNetConfig: _resnet}

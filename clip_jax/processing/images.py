@@ -11,7 +11,8 @@ import os
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Array, Float32, UInt8
+from jaxtyping import Array, Float, Float32, UInt8
+from numpy.typing import DTypeLike
 from PIL import Image
 
 from clip_jax.errors import UserError
@@ -87,15 +88,17 @@ class Preprocess:
         left, top = (int(rng.integers(side - self.image_resolution + 1)) for side in resized.size)
         return _crop(resized, left, top, self.image_resolution)
 
-    def normalize(self, images: UInt8[np.ndarray | Array, "*batch 3"]) -> Float32[np.ndarray | Array, "*batch 3"]:
-        """Returns (images / 255 - mean) / std in float32.
+    def normalize(
+        self, images: UInt8[np.ndarray | Array, "*batch 3"], dtype: DTypeLike = np.float32
+    ) -> Float[np.ndarray | Array, "*batch 3"]:
+        """Returns (images / 255 - mean) / std, computed in `dtype`.
 
-        A NumPy array gives torchvision's result to the last bit. A JAX array, traced or not, gives it within
+        A NumPy array gives torchvision's result in float32 to the last bit. A JAX array, traced or not, gives it within
         1e-6, because XLA divides by multiplying with the reciprocal.
         """
         channels = (1,) * (images.ndim - 1) + (3,)
-        mean, std = (np.asarray(values, np.float32).reshape(channels) for values in (self.mean, self.std))
-        return (images.astype(np.float32) / 255 - mean) / std
+        mean, std = (np.asarray(values, dtype).reshape(channels) for values in (self.mean, self.std))
+        return (images.astype(dtype) / 255 - mean) / std
 
     def _resized(self, image: Image.Image) -> Image.Image:
         shorter = min(image.size)

@@ -61,7 +61,7 @@ def learning_rate_schedule(config: OptimizerConfig, total_steps: int) -> optax.S
         warmup_steps=config.warmup_steps,
         decay_steps=total_steps,
     )
-    return lambda step: schedule(step + 1)
+    return lambda step: schedule(step + 1.0)  # optax would compute with an integer in float32, under x64 as well
 
 
 def weight_decay_mask(params: Any) -> Any:
@@ -81,7 +81,7 @@ def make_optimizer(config: OptimizerConfig, total_steps: int) -> optax.GradientT
         b1=config.b1,
         b2=config.b2,
         eps=config.eps,
-        mu_dtype=config.mu_dtype,
+        mu_dtype=None if config.mu_dtype == "float32" else config.mu_dtype,  # None: as parameters, float64 in proofs
         weight_decay=config.weight_decay,
         mask=weight_decay_mask,
     )

@@ -21,7 +21,7 @@ def make_train_step(training: Training) -> Jitted:
     """The jitted train step: (state, batch) -> (state, metrics); the old state's memory is reused.
 
     The batch holds `image`, uint8 (batch, R, R, 3), and `text`, int32 (batch, context_length), both split over
-    the batch axes of the mesh. Metrics are float32 scalars: loss, logit_scale (the parameter), grad_norm.
+    the batch axes of the mesh. Metrics are scalars in at least float32: loss, logit_scale (the parameter), grad_norm.
 
     Raises:
       UserError: the model lacks a parameter of the loss.
@@ -69,7 +69,7 @@ def encode(
     def encode_piece(variables: Mapping[str, Any], piece: tuple[Array, Array]) -> tuple[tuple[Array, Array], Any]:
         images, tokens = piece
         # Images travel to the device as bytes and become the model's floats there.
-        images = Preprocess.from_config(model.config).normalize(images)
+        images = Preprocess.from_config(model.config).normalize(images, model.execution.wide_dtype)
         image_features, updated = model.apply(
             variables, images, train=True, method=model.encode_image, mutable=["batch_stats"]
         )

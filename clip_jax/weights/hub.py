@@ -41,9 +41,13 @@ def fetch(source: str) -> Path:
     Raises:
       UserError: the hub has no such model, or cannot be reached and the cache does not hold it.
     """
-    import huggingface_hub
-    from huggingface_hub import errors
-
+    try:
+        import huggingface_hub
+        from huggingface_hub import errors
+    except ImportError as error:
+        raise UserError(
+            f"{source!r} is no file or folder here; to look for it on the hub: pip install huggingface_hub"
+        ) from error
     name = source.removeprefix(_PREFIX)
     try:
         info = huggingface_hub.HfApi().model_info(name, timeout=_SECONDS)

@@ -51,7 +51,7 @@ def test_tfds_fields_can_be_named_and_splits_sliced(photos_dir):
         ({"name": "tiny_photos", "label_field": "title"}, "no ClassLabel field 'title'"),
         ({"name": "tiny_photos", "slpit": "train"}, "data.tfds has no field 'slpit'; did you mean split"),
         ({"slpit": "train"}, "data.tfds has no field 'slpit'; did you mean split"),
-        ({}, "data.tfds needs a name: give --config.data.tfds.name=NAME"),
+        ({}, "data.tfds needs a value for name: as TFDS spells it"),
     ],
 )
 def test_tfds_mistakes_are_named(photos_dir, fields, message):
@@ -166,10 +166,12 @@ def test_folder_mistakes_are_named(tmp_path):
         ({"shaeps": {}}, "unknown data source 'shaeps'; known are shapes, digits, folder, tfds"),
         ({"digits": {"split": "validation"}}, "train and test, got 'validation'"),
         ({"digits": {"wieght": 2.0}}, "data.digits has no field 'wieght'; did you mean weight"),
-        ({"digits": {"weight": "much"}}, "data.digits.weight must be of type float, got 'much'"),
-        ({"digits": 3}, "data.digits must hold fields"),
-        ({"folder": {"path": ""}}, "data.folder needs a path: give --config.data.folder.path=PATH"),
-        ({"mine": {"kind": "folder"}}, "give --config.data.mine.path=PATH"),
+        ({"digits": {"weight": "much"}}, "data.digits: weight must be of type float, like 0.1; got 'much'"),
+        ({"digits": {"weight": -1.0}}, "data.digits: weight must be above 0, got -1.0"),
+        ({"digits": 3}, "data.digits must hold the fields weight, split; got 3"),
+        ({"folder": {"path": ""}}, "data.folder: path is empty; name the folder, as in --config.data.folder.path=PATH"),
+        ({"mine": {"kind": "folder"}}, "data.mine needs a value for path"),
+        ({"mine": {"kind": ["folder"]}}, "unknown data source"),
     ],
 )
 def test_configuration_mistakes_are_named(config, message):
@@ -179,7 +181,7 @@ def test_configuration_mistakes_are_named(config, message):
 
 def test_a_config_whose_folder_was_forgotten_does_not_scan_the_current_one():
     with pytest.raises(UserError, match=r"--config\.data\.folder\.path"):
-        make_sources(cli.load_config("vit_b32").data.to_dict())
+        make_sources(cli.load_config("vit_b32").data)
 
 
 def test_weights_and_kinds():

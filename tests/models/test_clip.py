@@ -185,6 +185,21 @@ def test_bfloat16_computes_in_bfloat16_and_stays_close(config):
     np.testing.assert_allclose(logits, apply(config, variables, images, tokens)[0], atol=0.3)
 
 
+@pytest.mark.parametrize("config", [tiny.VIT, tiny.RESNET], ids=["vit", "resnet"])
+def test_64_bit_types_come_only_where_they_are_asked_for(config):
+    def kinds(tree):
+        return {str(leaf.dtype) for leaf in jax.tree.leaves(tree)}
+
+    images, tokens = floats(config, 2), tiny.tokens(config, 2)
+    with jax.enable_x64(True):
+        variables = nn.unbox(jax.eval_shape(CLIP(config).init, jax.random.key(0), images, tokens))
+        assert kinds(variables) == {"float32"}
+        for dtype in ("float32", "float64"):
+            converted = jax.tree.map(lambda leaf, dtype=dtype: jax.ShapeDtypeStruct(leaf.shape, dtype), variables)
+            apply = functools.partial(CLIP(config, Execution(dtype)).apply, train=True, mutable=["batch_stats"])
+            assert kinds(jax.eval_shape(apply, converted, images, tokens)) == {dtype}
+
+
 def test_first_weights_are_drawn_as_openai_does():
     """Standard deviations of `CLIP.initialize_parameters` and of PyTorch's defaults behind it."""
     params = init(OPENAI_MODELS["ViT-B/32"])["params"]

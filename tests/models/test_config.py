@@ -50,6 +50,7 @@ def test_a_description_of_an_older_version_opens():
         (lambda: with_text(tokenizer=["openai"]), "tokenizer"),
         (lambda: with_text(lowercase="no"), "lowercase"),
         (lambda: Execution(dtype="float16"), "one of float32, bfloat16"),
+        (lambda: Execution(dtype="float64"), "JAX_ENABLE_X64=1"),
         (lambda: Execution(attention="cudnn"), "bfloat16 only"),
     ],
 )

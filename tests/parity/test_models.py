@@ -3,6 +3,7 @@
 Each model is saved as OpenAI saves it, converted by the script and read back.
 """
 
+import jax
 import numpy as np
 import pytest
 
@@ -10,7 +11,7 @@ import convert_torch_weights
 from clip_jax.models import OPENAI_MODELS
 from clip_jax.weights import load_variables
 from clip_jax.weights.verify import compare, openai_outputs, our_outputs, random_inputs
-from tests.reference_models import ODD_RESNET, ODD_VIT, random_openai_model, save_torchscript
+from tests.reference_models import ODD_RESNET, ODD_VIT, in_float64, random_openai_model, save_torchscript, variables_of
 
 MODELS = {"odd ViT": ODD_VIT, "odd ResNet": ODD_RESNET, **OPENAI_MODELS}
 BY_DEFAULT = ("odd ViT", "odd ResNet", "RN50", "RN50x4", "ViT-B/32", "ViT-B/16")
@@ -35,6 +36,20 @@ def test_same_model(name, tmp_path):
     print(f"| {name} | {_summary(full)} | {_summary(half)} |")
     _check_float32(full, expected, config)
     _check_bfloat16(half)
+
+
+@pytest.mark.parametrize("config", [ODD_VIT, ODD_RESNET], ids=["vit", "resnet"])
+def test_same_function(config):
+    """In float64 nothing is left to rounding: every hidden state and output has nine digits in common, on any CPU."""
+    reference = in_float64(random_openai_model(config))
+    images, tokens = random_inputs(config)
+    images = images.astype(np.float64)
+    expected = openai_outputs(reference, images, tokens)
+    with jax.enable_x64(True):
+        ours = our_outputs(config, variables_of(reference.state_dict(), config), images, tokens, "float64")
+    for row in compare(expected, ours):
+        assert ours[row.name].dtype == np.float64
+        assert row.relative <= 1e-9, row
 
 
 def _check_float32(rows, expected, config):

@@ -202,6 +202,12 @@ def test_no_network_is_said_at_once(hub, monkeypatch, offline):
     assert "\n" not in str(error.value) and not hub.requests
 
 
+def test_without_the_library(monkeypatch):
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(UserError, match=r"no file or folder here; .* pip install huggingface_hub"):
+        load_variables("org/model")
+
+
 def test_the_script_follows_the_environment(hub, small, tmp_path):
     script = Path(__file__).parents[2] / "convert_torch_weights.py"
     save(tmp_path / "model", *small, "open_clip")
