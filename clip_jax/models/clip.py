@@ -65,10 +65,12 @@ class CLIP(nn.Module):
 
     def encode_image(self, images: Images, train: bool = False) -> Float[Array, "images embed_dim"]:
         """Image features, not normalised, in the compute dtype."""
+        self._check_bound("encode_image", "images")
         return self.visual(self._checked_images(images), train)
 
     def encode_text(self, tokens: Tokens) -> Float[Array, "texts embed_dim"]:
         """Text features, not normalised, in the compute dtype."""
+        self._check_bound("encode_text", "tokens")
         return self.text(self._checked_tokens(tokens))
 
     def image_hidden_states(
@@ -80,6 +82,13 @@ class CLIP(nn.Module):
     def text_outputs(self, tokens: Tokens) -> TextOutput:
         """Hidden states, last hidden state, pooled output and features of the text tower."""
         return self.text.outputs(self._checked_tokens(tokens))
+
+    def _check_bound(self, method: str, inputs: str) -> None:
+        if self.scope is None:
+            raise UserError(
+                f"a model holds no weights: expected model.apply(variables, {inputs}, method=model.{method}), "
+                f"got model.{method}({inputs})"
+            )
 
     def _checked_images(self, images: Images) -> Float[Array, "images _height _width 3"]:
         resolution = self.config.vision.image_resolution

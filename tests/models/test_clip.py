@@ -248,6 +248,12 @@ def test_images_of_the_wrong_size_are_refused():
         model.apply(variables, np.zeros((1, 64, 64, 3), np.float32), method=model.encode_image)
 
 
+@pytest.mark.parametrize(("method", "inputs"), [("encode_image", tiny.images), ("encode_text", tiny.tokens)])
+def test_a_method_called_without_weights_says_how_it_is_called(method, inputs):
+    with pytest.raises(UserError, match=rf"expected model\.apply\(variables, .*, method=model\.{method}\)"):
+        getattr(CLIP(tiny.VIT), method)(inputs(tiny.VIT, 1))
+
+
 def test_tokens_beyond_the_context_are_refused():
     model, variables = CLIP(tiny.VIT), init(tiny.VIT)
     with pytest.raises(UserError, match="at most 16"):
