@@ -49,7 +49,7 @@ def main(argv: Sequence[str]) -> None:
         Path(flags.output).write_text(json.dumps(rows, indent=2, allow_nan=False) + "\n")
     if flags.report:
         from clip_jax.reports.zero_shot import write_report
-        from clip_jax.training.metrics import read_metrics
+        from clip_jax.workdir import read_metrics
 
         write_report(flags.report, f"clip_jax: {model}", read_metrics(weights), results)
         print(f"report: {flags.report}")

@@ -10,22 +10,22 @@ flipped bits without a word; the digests, which also cover the description, do n
 import hashlib
 import json
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 from etils import epath
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from clip_jax import workdir
 from clip_jax.digests import digest, digests
 from clip_jax.errors import UserError
 from clip_jax.models import CLIPConfig, variable_shapes
+from clip_jax.workdir import CHECKPOINTS, RUN_CONFIG, absolute
 
 VERSION = 2
 DESCRIPTION, VARIABLES = "description", "variables"
 DESCRIPTION_FILE = "clip_jax.json"
-CHECKPOINTS, RUN_CONFIG, METRICS = "checkpoints", "config.json", "metrics.jsonl"  # of a workdir
-BEST = "@best"
 _MAX_JSON_BYTES = 16 * 2**20
 
 Description = tuple[CLIPConfig, Callable[[str, np.ndarray], bool]]
@@ -75,10 +75,9 @@ def find(path: epath.PathLike) -> epath.Path | None:
     Raises:
       UserError: a workdir without a finished checkpoint, or without an evaluated one where the best is asked for.
     """
-    name = str(path)
-    folder = absolute(name.removesuffix(BEST))
-    if name.endswith(BEST) or (folder / CHECKPOINTS).is_dir():
-        return _step_of(folder, best=name.endswith(BEST))
+    if workdir.is_meant(path):
+        return workdir.step_folder(path)
+    folder = absolute(path)
     is_model = (folder / DESCRIPTION).is_dir() or (folder / DESCRIPTION_FILE).is_file() or _has_run_config(folder)
     return folder if is_model else None
 
@@ -122,16 +121,6 @@ def _open_array(folder: epath.Path, path: str) -> Any:
     return tensorstore.open({"driver": "zarr", "kvstore": store}, read=True)
 
 
-def best_step(workdir: epath.Path, steps: Sequence[int]) -> int | None:
-    """The one of `steps` whose top-1 accuracy, averaged over the evaluation sets, is highest; None if none has any."""
-    file = workdir / METRICS
-    lines = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
-    scores = {
-        line["step"]: np.mean(values) for line in lines if (values := [line[k] for k in line if k.endswith("/acc1")])
-    }
-    return max((step for step in steps if step in scores), key=lambda step: (scores[step], step), default=None)
-
-
 def check_digests(folder: epath.Path, variables: Any) -> None:
     """Compare arrays that were restored onto devices with the folder's digests.
 
@@ -151,28 +140,7 @@ def damage(folder: epath.Path, error: Exception) -> str:
     return f"{folder} is damaged ({type(error).__name__}: {str(error)[:300]}); {_ADVICE}"
 
 
-def absolute(path: epath.PathLike) -> epath.Path:
-    """A path as Orbax wants it; addresses such as gs://... stay as they are."""
-    path = epath.Path(path).expanduser()
-    return path if "://" in str(path) else path.resolve()
-
-
 _ADVICE = "convert it again, or take another checkpoint"
-
-
-def _step_of(workdir: epath.Path, best: bool) -> epath.Path:
-    import orbax.checkpoint as ocp
-
-    folder = workdir / CHECKPOINTS
-    steps = sorted(ocp.utils.checkpoint_steps(folder)) if folder.is_dir() else []
-    if not steps:
-        raise UserError(f"{workdir} holds no finished checkpoint yet; expected {folder}/STEP")
-    if not best:
-        return folder / str(steps[-1])
-    step = best_step(workdir, steps)
-    if step is None:
-        raise UserError(f"no checkpoint in {workdir} was evaluated, so none is best; leave {BEST} out for the newest")
-    return folder / str(step)
 
 
 def _describe(folder: epath.Path) -> Description:

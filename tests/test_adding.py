@@ -13,8 +13,8 @@ from clip_jax.options import option
 from clip_jax.training import run as run_module
 from clip_jax.training.config import RunConfig
 from clip_jax.training.loop import Hook, every
-from clip_jax.training.metrics import read_metrics
 from clip_jax.training.optimizer import OptimizerConfig
+from clip_jax.workdir import read_metrics
 from tests import tiny
 from train import zero_shot_evaluation
 

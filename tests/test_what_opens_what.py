@@ -13,8 +13,8 @@ import convert_torch_weights
 import evaluate
 from clip_jax import model_folder
 from clip_jax.models import CLIPConfig, TextConfig, VisionTransformerConfig
-from clip_jax.training.metrics import METRICS
 from clip_jax.weights import download, hub, save
+from clip_jax.workdir import METRICS
 from tests import tiny
 
 CONFIG = CLIPConfig(32, VisionTransformerConfig(32, 8, 64, 1, 1, 256), TextConfig(64, 1, 256, 1, context_length=16))

@@ -14,9 +14,10 @@ from etils import epath
 from clip_jax import model_folder
 from clip_jax.digests import digests
 from clip_jax.errors import UserError
-from clip_jax.model_folder import CHECKPOINTS, RUN_CONFIG, VARIABLES, absolute
+from clip_jax.model_folder import VARIABLES
 from clip_jax.models import CLIPConfig
 from clip_jax.training.state import TrainState
+from clip_jax.workdir import CHECKPOINTS, RUN_CONFIG, absolute, best_step
 
 OPT_STATE = "opt_state"
 KEEP = 3
@@ -90,7 +91,7 @@ class _NewestAndBest:
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
         steps = [checkpoint.step for checkpoint in checkpoints]
-        kept = {*sorted(steps)[-KEEP:], model_folder.best_step(self.workdir, steps)}
+        kept = {*sorted(steps)[-KEEP:], best_step(self.workdir, steps)}
         return [step in kept for step in steps]
 
 

@@ -87,8 +87,12 @@ class Log(Hook):
         self._marked, self._marked_step = time.perf_counter(), step
 
     def end(self) -> None:
-        self.flush()
-        self._bar.close()
+        try:
+            self.flush()
+        finally:
+            self._bar.close()
+            if self._writer is not None:
+                self._writer.close()
 
 
 class Save(Hook):

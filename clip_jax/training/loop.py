@@ -77,8 +77,8 @@ def train(
     """
     with ExitStack() as ends:
         for hook in hooks:
-            ends.callback(hook.end)
             hook.start(state)
+            ends.callback(hook.end)
         for number in range(int(state.step) + 1, total_steps + 1):
             state, metrics = train_step(state, next(batches))
             step = Step(number, state, metrics, last=number == total_steps)

@@ -2,13 +2,10 @@
 
 import json
 from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
 
-from etils import epath
 from tensorboardX import SummaryWriter
 
-from clip_jax.model_folder import METRICS
+from clip_jax.workdir import METRICS, absolute, read_metrics
 
 
 class MetricsWriter:
@@ -19,11 +16,11 @@ class MetricsWriter:
     """
 
     def __init__(self, workdir: str, start_step: int):
-        root = epath.Path(workdir).expanduser()
+        root = absolute(workdir)
         root.mkdir(parents=True, exist_ok=True)
         path = root / METRICS
-        kept = [line for line in _lines(path) if json.loads(line)["step"] <= start_step]
-        path.write_text("".join(line + "\n" for line in kept))
+        kept = [line for line in read_metrics(workdir) if line["step"] <= start_step]
+        path.write_text("".join(json.dumps(line) + "\n" for line in kept))
         self._path = path
         self._events = SummaryWriter(str(root), purge_step=start_step + 1)
 
@@ -37,15 +34,3 @@ class MetricsWriter:
     def close(self) -> None:
         """Flush the events."""
         self._events.close()
-
-
-def read_metrics(workdir: str | Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl, in order."""
-    return [json.loads(line) for line in _lines(epath.Path(workdir).expanduser() / METRICS)]
-
-
-def _lines(path: epath.Path) -> list[str]:
-    """Complete lines; a half-written last one (the process was killed) is dropped."""
-    if not path.exists():
-        return []
-    return [line for line in path.read_text().split("\n")[:-1] if line]

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from clip_jax.training.metrics import read_metrics
+from clip_jax.workdir import read_metrics
 
 ROOT = Path(__file__).parent.parent.parent
 

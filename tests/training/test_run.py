@@ -15,10 +15,10 @@ from clip_jax.models import Execution
 from clip_jax.parallel import MeshConfig
 from clip_jax.training import config as config_module
 from clip_jax.training.config import RunConfig, check_same_run
-from clip_jax.training.metrics import read_metrics
 from clip_jax.training.optimizer import OptimizerConfig
 from clip_jax.training.run import run
 from clip_jax.weights import load_variables
+from clip_jax.workdir import read_metrics
 from tests import tiny
 
 FIRST_CONFIG = Path(__file__).parent / "golden" / "first_config.json"

@@ -1,0 +1,40 @@
+"""The best step of a workdir, from metrics that a killed run may have left half-written."""
+
+import json
+
+import pytest
+
+from clip_jax.errors import UserError
+from clip_jax.workdir import METRICS, best_step, read_metrics
+
+LINES = [
+    {"step": 1, "loss": 2.0},
+    {"step": 2, "eval/a/acc1": 0.5, "eval/b/acc1": 0.7},
+    {"step": 4, "eval/a/acc1": 0.9, "eval/b/acc1": 0.3, "eval/b/acc5": 1.0},
+    {"step": 6, "eval/a/acc1": 0.9, "eval/b/acc1": 0.9},
+]
+
+
+def write(workdir, last=""):
+    (workdir / METRICS).write_text("".join(json.dumps(line) + "\n" for line in LINES) + last)
+
+
+def test_the_best_step_has_the_highest_mean_accuracy_of_those_that_are_kept(tmp_path):
+    assert best_step(tmp_path, [2, 4]) is None
+    write(tmp_path)
+    assert best_step(tmp_path, [1, 2, 4, 6]) == 6
+    assert best_step(tmp_path, [1, 2, 4]) == 4  # both have a mean of 0.6: the later one
+    assert best_step(tmp_path, [1, 3]) is None
+
+
+def test_a_half_written_last_line_is_left_out(tmp_path):
+    write(tmp_path, last='{"step": 7, "eval/a/ac')
+    assert read_metrics(tmp_path) == LINES
+    assert best_step(tmp_path, [6]) == 6
+
+
+@pytest.mark.parametrize("line", ["{", "[1]", '{"loss": 1.0}'])
+def test_a_damaged_line_is_named(tmp_path, line):
+    write(tmp_path, last=line + "\n")
+    with pytest.raises(UserError, match=r"metrics\.jsonl, line 5 "):
+        read_metrics(tmp_path)
