@@ -48,9 +48,13 @@ def mistakes():
         "evaluation of a missing folder": ((*evaluate, "--config", "demo", "--datasets", "{tmp}/none"), "{tmp}/none"),
         "evaluation of an empty folder": ((*evaluate, "--config", "demo", "--datasets", "{tmp}/empty"), "{tmp}/empty"),
         "missing weights": ((*evaluate, "--config", "demo", "--datasets", "digits"), "{tmp}/none"),
-        "a class name that does not fit": ((*evaluate, "--config", "demo", "--datasets", "{tmp}/long"), "tokens"),
+        "a class name that does not fit": (("evaluate.py", "--weights", "{other}", "--datasets", "{tmp}/long"), "tokens"),
+        "neither weights nor config": (("evaluate.py", "--datasets", "digits"), "expected --weights W, or --config NAME"),
+        "weights without data sets": (("evaluate.py", "--weights", "{other}"), "expected --datasets A,B,C"),
+        "an override without a config": (("evaluate.py", "--weights", "{other}", "--config.dtype=bfloat16"),
+                                         "give --config NAME too"),
         "a checkpoint of another model": (("evaluate.py", "--weights", "{other}", "--config", "demo",
-                                           "--datasets", "digits"), "of another model"),
+                                           "--datasets", "digits"), "holds another model than the config demo: its"),
         "a workdir of another run": (("train.py", "--workdir", "{other}", "--config", "demo"), "holds a run with"),
         "no official weights": (("evaluate.py", "--config", "demo"), "--weights runs/demo"),
         "unknown topology": (("train.py", "--config", "vit_b32", "--plan", "v9-8"), "v9-8"),
@@ -66,11 +70,6 @@ def test_a_mistake_gives_one_line_and_exit_code_2(name, tmp_path, other_workdir)
     Image.new("RGB", (40, 40)).save(class_name / "one.png")
     arguments, message = mistakes()[name]
     places = {"tmp": tmp_path, "other": other_workdir}
-    if name == "a class name that does not fit":
-        arguments = tuple(str(other_workdir) if argument == "{tmp}/none" else argument for argument in arguments)
-        config = [f"--config.model.{f}={v}" for f, v in (("vision.layers", 1), ("vision.width", 32),
-                  ("vision.mlp_width", 32), ("text.width", 32), ("text.layers", 1), ("text.heads", 2))]  # fmt: skip
-        arguments = (*arguments, *config)
     done = call(*(argument.format(**places) for argument in arguments))
     errors = [line for line in done.stderr.splitlines() if line.startswith("error:")]
     assert done.returncode == 2, done.stderr
