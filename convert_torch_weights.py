@@ -7,8 +7,8 @@
 
 SRC is an official name (RN50, RN101, RN50x4, RN50x16, RN50x64, ViT-B/32, ViT-B/16, ViT-L/14, ViT-L/14@336px); a .pt
 (TorchScript or state dict), .bin or .safetensors file; a folder of transformers or of open_clip; a name on the Hugging
-Face hub (ORG/NAME or hf-hub:ORG/NAME); or a converted checkpoint. DST must not exist: a file for openai, a folder for
-the other formats. Code in files is never executed.
+Face hub (ORG/NAME or hf-hub:ORG/NAME); a model folder; or a training workdir (its newest step), WORKDIR@best or one
+step's folder. DST must not exist: a file for openai, a folder for the other formats. Code in files is never executed.
 """
 
 import argparse
@@ -55,7 +55,7 @@ def main(argv: Sequence[str]) -> int:
     flags = parser.parse_args(argv)
     source = locate(flags.source, flags.download_root)
     if flags.verify and source[0] == flags.to == "jax":
-        raise UserError("--verify compares with PyTorch, but both SRC and DST are clip_jax checkpoints")
+        raise UserError("--verify compares with PyTorch, but both SRC and DST are model folders of clip_jax")
     config, variables = load_variables(source[1], activation=flags.activation, model_config=flags.model_config)
     save(flags.target, config, variables, flags.to)
     print(f"{flags.source} -> {flags.target} ({flags.to})")

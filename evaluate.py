@@ -39,6 +39,9 @@ def main(argv: Sequence[str]) -> None:
     from clip_jax.evaluation.zero_shot import zero_shot
 
     datasets = [evaluation_set(name, config.data_dir if config else "") for name in names]
+    if flags.report:
+        from clip_jax.reports.zero_shot import write_report
+        from clip_jax.workdir import BEST, read_metrics
     encoders, variables = load_encoders(weights, config)
     results = [zero_shot(encoders, variables, dataset) for dataset in datasets]
     for result in results:
@@ -48,10 +51,7 @@ def main(argv: Sequence[str]) -> None:
         rows = [benchmark_row(result, model, weights) for result in results]
         Path(flags.output).write_text(json.dumps(rows, indent=2, allow_nan=False) + "\n")
     if flags.report:
-        from clip_jax.reports.zero_shot import write_report
-        from clip_jax.workdir import read_metrics
-
-        write_report(flags.report, f"clip_jax: {model}", read_metrics(weights), results)
+        write_report(flags.report, f"clip_jax: {model}", read_metrics(weights.removesuffix(BEST)), results)
         print(f"report: {flags.report}")
 
 

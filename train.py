@@ -33,6 +33,8 @@ def main(argv: Sequence[str]) -> None:
     flags, config = cli.parse(parser, argv)
     if not flags.workdir and not flags.plan:
         raise UserError("expected --workdir DIR to train in, or --plan TOPOLOGY; got neither")
+    if flags.plan_output and not flags.plan:
+        raise UserError("--plan_output writes what --plan TOPOLOGY makes; give both")
     if flags.plan:
         from clip_jax.planner.report import main_plan
 

@@ -75,7 +75,7 @@ def compile_gradients(
 
 
 def temporaries(compiled: Compiled) -> float:
-    """MiB a device."""
+    """MiB per device."""
     return compiled.memory_analysis().temp_size_in_bytes / MEBIBYTE
 
 
@@ -150,7 +150,7 @@ def scale_on_tpu() -> list[str]:
     partitioner = pod()
     rows = [
         "| global batch | features of a chip, MiB | softmax ring, MiB | sigmoid ring, MiB | dense, MiB "
-        "| transfers a hop | overlapped | sent by a chip, MiB |",
+        "| transfers per hop | overlapped | sent by a chip, MiB |",
         "|" + "---:|" * 8,
     ]
     for batch in TPU_BATCHES:
@@ -175,7 +175,7 @@ def main() -> None:
         "# Memory of the contrastive loss",
         "",
         f"`python -m benchmarks.loss_memory`: width {WIDTH}; jax {jax.__version__}, libtpu {libtpu}.",
-        "Temporaries a device of loss and gradients, from the compiler's `memory_analysis`.",
+        "Temporaries per device of loss and gradients, from the compiler's `memory_analysis`.",
         "",
         "## 8 virtual CPU devices, float32",
         "",

@@ -4,10 +4,10 @@ from pathlib import Path
 from typing import Any
 
 from clip_jax.models import CLIP, CLIPConfig, Execution
-from clip_jax.processing import Preprocess, tokenize
+from clip_jax.processing import Preprocess, make_tokenizer, tokenize
 from clip_jax.weights import available_models
 
-__all__ = ["CLIP", "CLIPConfig", "Preprocess", "available_models", "load", "tokenize"]
+__all__ = ["CLIP", "CLIPConfig", "Preprocess", "available_models", "load", "make_tokenizer", "tokenize"]
 
 
 def load(
@@ -23,10 +23,13 @@ def load(
       model, variables, preprocess = clip_jax.load("ViT-B/32")
       logits_per_image, logits_per_text = model.apply(variables, preprocess(image)[None], clip_jax.tokenize(["a dog"]))
 
+    `tokenize` is right for OpenAI's models and all that share their tokenizer and its 77 tokens;
+    `make_tokenizer(model.config.text)` is the one that any model's description names.
+
     Args:
       name_or_path: one of `available_models()`, which is downloaded; a `.pt`, `.bin` or `.safetensors` file; a folder
-        of transformers or of open_clip; a name on the Hugging Face hub, "ORG/NAME" or "hf-hub:ORG/NAME"; or what
-        convert_torch_weights.py wrote.
+        of transformers or of open_clip; a name on the Hugging Face hub, "ORG/NAME" or "hf-hub:ORG/NAME"; a model
+        folder; or a training workdir (its newest step), `WORKDIR@best`, or one step's folder.
       dtype: what the model computes in, "float32" or "bfloat16"; its parameters are float32.
       download_root: where official files are kept, instead of $CLIP_JAX_CACHE or ~/.cache/clip_jax.
       activation: "quick_gelu" or "gelu", for a bare file of weights that does not say which.

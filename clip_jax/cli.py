@@ -17,6 +17,7 @@ from clip_jax.platform import keep_libtpu_quiet
 if TYPE_CHECKING:
     from clip_jax.training.config import RunConfig
 
+INSTALL = "pip install -r requirements.txt"
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 
 
@@ -29,6 +30,10 @@ def run(main: Callable[[Sequence[str]], int | None]) -> None:
         code = main(sys.argv[1:])
     except UserError as error:
         mistake, code = " ".join(str(error).split()), 2
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("clip_jax"):
+            raise
+        mistake, code = f"{error}: {sys.executable} has not got all that the scripts need; {INSTALL}", 2
     except KeyboardInterrupt:
         code = 130
     if mistake:  # said only now that the exception is gone, and with it the progress bars that its frames kept open
@@ -135,7 +140,7 @@ class _HelpConfig(argparse.Action):
         from clip_jax.training.config import RunConfig
 
         print("Fields of a config file; --config.FIELD=VALUE overrides one. A resumed run may change those with a *.")
-        print("Those without a value here must be given where their group is.\n")
+        print("Fields shown without a value are required.\n")
         print(options.describe({"": RunConfig, **{f"data.{kind}": source for kind, source in SOURCES.items()}}))
         parser.exit()
 

@@ -67,4 +67,6 @@ def _mix_in_place(values: UInt32[np.ndarray, " n"], scratch: UInt32[np.ndarray, 
 
 def _unsigned(dtype: np.dtype) -> np.dtype:
     """The unsigned integers as wide as a type of at most 4 bytes."""
+    if np.dtype(dtype).itemsize > 4:
+        raise ValueError(f"expected elements of at most 4 bytes, got {dtype}")
     return np.dtype(f"u{np.dtype(dtype).itemsize}")

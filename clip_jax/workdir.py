@@ -49,10 +49,17 @@ def step_folder(path: epath.PathLike) -> epath.Path:
 
 
 def best_step(workdir: epath.PathLike, steps: Sequence[int]) -> int | None:
-    """The one of `steps` whose top-1 accuracy, averaged over the evaluation sets, is highest; None if none has any."""
-    accuracies = {line["step"]: [line[key] for key in line if key.endswith("/acc1")] for line in read_metrics(workdir)}
-    scores = {step: np.mean(values) for step, values in accuracies.items() if values}
-    return max((step for step in steps if step in scores), key=lambda step: (scores[step], step), default=None)
+    """The one of `steps` whose top-1 accuracy, averaged over the evaluation sets, is highest; None if none has any.
+
+    Steps are comparable only where the same sets were measured: those of the newest evaluation count.
+    """
+    accuracies: dict[int, dict[str, float]] = {}
+    for line in read_metrics(workdir):
+        accuracies.setdefault(line["step"], {}).update({key: line[key] for key in line if key.endswith("/acc1")})
+    evaluated = {step: values for step, values in sorted(accuracies.items()) if values and step in steps}
+    sets = list(evaluated.values())[-1].keys() if evaluated else ()
+    scores = {step: np.mean(list(values.values())) for step, values in evaluated.items() if values.keys() == sets}
+    return max(scores, key=lambda step: (scores[step], step), default=None)
 
 
 def read_metrics(workdir: epath.PathLike) -> list[dict[str, Any]]:
@@ -66,6 +73,13 @@ def read_metrics(workdir: epath.PathLike) -> list[dict[str, Any]]:
     file = absolute(workdir) / METRICS
     lines = file.read_text().split("\n")[:-1] if file.exists() else []
     return [_parsed(line, f"{file}, line {number}") for number, line in enumerate(lines, 1) if line]
+
+
+def write_whole(path: epath.Path, text: str) -> None:
+    """Write a file so that it is never half-written under its name."""
+    part = path.with_name(path.name + ".part")
+    part.write_text(text)
+    part.replace(path)
 
 
 def _parsed(line: str, where: str) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""One file a model, each with a `get_config()`; what they share is the paper's training recipe, here."""
+"""One file per model, each with a `get_config()`; what they share is the paper's training recipe, here."""
 
 from ml_collections import ConfigDict
 

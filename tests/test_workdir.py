@@ -38,3 +38,12 @@ def test_a_damaged_line_is_named(tmp_path, line):
     write(tmp_path, last=line + "\n")
     with pytest.raises(UserError, match=r"metrics\.jsonl, line 5 "):
         read_metrics(tmp_path)
+
+
+def test_another_line_of_a_step_and_other_evaluation_sets_do_not_mislead(tmp_path):
+    (tmp_path / METRICS).write_text(
+        '{"step": 1, "eval/easy/acc1": 1.0}\n'
+        '{"step": 2, "eval/a/acc1": 0.5}\n{"step": 2, "eval/a/recall": 0.9}\n'
+        '{"step": 3, "eval/a/acc1": 0.4}\n'
+    )
+    assert best_step(tmp_path, [1, 2, 3]) == 2

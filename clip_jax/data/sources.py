@@ -1,4 +1,4 @@
-"""The data sources that a configuration can name: one frozen class a kind, whose fields are those of the configuration.
+"""The data sources that a configuration can name: one frozen class per kind, whose fields a configuration sets.
 
 A new kind costs one class and its line in `SOURCES`.
 """
@@ -108,7 +108,7 @@ def make_sources(config: Mapping[str, Any], data_dir: str = "") -> tuple[tuple[S
     """
     if not config:
         raise UserError(f"data names no source: expected at least one of {', '.join(SOURCES)}")
-    configs = {name: source_config(name, values) for name, values in config.items()}
+    configs = {name: source_config(name, config[name]) for name in sorted(config)}  # the order decides the stream
     sources = {name: source.open(data_dir) for name, source in configs.items()}
     for name, source in sources.items():
         if not source[0].captions:

@@ -1,6 +1,7 @@
 """The data sets that a model can be judged on. A new one costs an entry in `EVALUATION_SETS`."""
 
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +13,7 @@ from clip_jax.errors import UserError
 
 DEFAULT_TEMPLATES = ("a photo of a {}.",)  # the paper's, section 3.1.4
 _USUAL_SPLITS = ("test", "validation")
+_WORDNET_ID = re.compile(r"n\d{8}")  # what ImageNet's classes are called in TFDS
 
 
 @dataclass(frozen=True)
@@ -101,4 +103,9 @@ def _open_tfds(name: str, data_dir: str) -> LabelledSource:
     source = tfds_source.TfdsSource(builder, split)
     if not source.class_names:
         raise UserError(f"{source.name} has no field called label: zero-shot evaluation needs one")
+    if all(_WORDNET_ID.fullmatch(name) for name in source.class_names):
+        raise UserError(
+            f"the classes of {source.name} are called {source.class_names[0]} and so on, which no caption says; "
+            "it needs an entry with class_names in EVALUATION_SETS"
+        )
     return source

@@ -104,7 +104,7 @@ def _in_batches(encode: Callable[[Variables, Array], Array], partitioner: Partit
 def zero_shot_classifier(
     encoders: Encoders, variables: Variables, class_names: Sequence[str], templates: Sequence[str]
 ) -> Float[np.ndarray, "classes embed_dim"]:
-    """One unit vector a class: embed every prompt, normalise, average over the prompts, normalise again.
+    """One unit vector per class: embed every prompt, normalise, average over the prompts, normalise again.
 
     Raises:
       UserError: a prompt is longer than the model's context.

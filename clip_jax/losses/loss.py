@@ -42,6 +42,8 @@ class Loss:
         Raises:
           UserError: the model lacks one of them, or has one that this loss does not know.
         """
+        if missing := [name for name in self.initial if name not in params and name != "logit_bias"]:
+            raise UserError(f"this loss needs the parameter {missing[0]}, which the model does not have")
         has_bias = "logit_bias" in params
         if has_bias != ("logit_bias" in self.initial):
             raise UserError(

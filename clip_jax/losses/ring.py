@@ -69,7 +69,7 @@ def make_ring(mesh: Mesh, axes: tuple[str, ...], tile: int) -> Ring:
 
 
 def snake(points: list[tuple[int, ...]]) -> list[tuple[int, ...]]:
-    """Reorders sorted grid points so that neighbours in the list are neighbours in the grid."""
+    """Reorder sorted grid points so that neighbours in the list are neighbours in the grid."""
     if len(points) == 1 or not points[0]:
         return points
     rows = [(first, [point[1:] for point in row]) for first, row in groupby(points, key=lambda point: point[0])]
@@ -136,7 +136,7 @@ def feature_gradients(
 def rotate(
     visit: Callable, merge: Callable, ring: Ring, *, rows: Tree, row_state: Tree, block: Tree, tally: Tree
 ) -> tuple[Tree, Tree, Tree]:
-    """Shows every device's block to the rows of every device, tile by tile.
+    """Show every device's block to the rows of every device, tile by tile.
 
     Args:
       visit: (contribution, tile of rows, tile of row_state, block, counts) -> (contribution, tile of row_state,
@@ -186,7 +186,7 @@ def add(a: Tree, b: Tree) -> Tree:
 
 
 def _cut(rows: Float[Array, "local ..."], count: int, size: int) -> Float[Array, "count size ..."]:
-    """Cuts axis 0 into `count` tiles of `size` rows, the last one filled up with zeros."""
+    """Cut axis 0 into `count` tiles of `size` rows, the last one filled up with zeros."""
     padding = [(0, count * size - len(rows))] + [(0, 0)] * (rows.ndim - 1)
     return jnp.pad(rows, padding).reshape(count, size, *rows.shape[1:])
 

@@ -94,7 +94,7 @@ softmax_part.defvjp(_forward, _backward)
 
 
 def _add_exp(sums, cosines, scale, axis: int):
-    """Adds exp(scale * cosines) along `axis` to sums kept as (peak, total): exp(scale * peak) * total."""
+    """Add exp(scale * cosines) along `axis` to sums kept as (peak, total): exp(scale * peak) * total."""
     peak = jnp.maximum(sums[0], cosines.max(axis))
     total = jnp.exp(scale * (cosines - jnp.expand_dims(peak, axis))).sum(axis)
     return _merge_exp(sums, (peak, total), scale)

@@ -8,7 +8,7 @@ from clip_jax.training.config import RunConfig
 
 
 def first_that_fits(plan: Plan) -> Plan | None:
-    """Changes a plan that does not fit, step by step, and compiles every step; None if nothing is left to change."""
+    """Change a plan that does not fit, step by step, and compiles every step; None if nothing is left to change."""
     while config := next_change(plan):
         plan = make_plan(config, plan.topology)
         if plan.fits:

@@ -18,7 +18,7 @@ PEAK = """\
 
 
 def main_plan(config: RunConfig, topology_name: str, output: str | None = None) -> None:
-    """Prints the plan of a run; if it does not fit, also the first change found that makes it fit.
+    """Print the plan of a run; if it does not fit, also the first change found that makes it fit.
 
     Args:
       config: the run.

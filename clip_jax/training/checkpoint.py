@@ -17,7 +17,7 @@ from clip_jax.errors import UserError
 from clip_jax.model_folder import VARIABLES
 from clip_jax.models import CLIPConfig
 from clip_jax.training.state import TrainState
-from clip_jax.workdir import CHECKPOINTS, RUN_CONFIG, absolute, best_step
+from clip_jax.workdir import CHECKPOINTS, RUN_CONFIG, absolute, best_step, write_whole
 
 OPT_STATE = "opt_state"
 KEEP = 3
@@ -134,9 +134,7 @@ def write_config(workdir: epath.PathLike, config: Mapping[str, Any]) -> None:
     """Write config.json into an existing workdir, complete or not at all. Only process 0 does."""
     if jax.process_index() == 0:
         path = absolute(workdir) / RUN_CONFIG
-        part = path.with_name(RUN_CONFIG + ".part")
-        part.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-        part.replace(path)
+        write_whole(path, json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
 def read_config(workdir: epath.PathLike) -> dict[str, Any] | None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 
+from clip_jax.data.sources import source_config
 from clip_jax.errors import UserError
 from clip_jax.losses import LOSSES
 from clip_jax.models import CLIP, CLIPConfig, Execution
@@ -76,10 +77,19 @@ def check_same_run(config: RunConfig, previous: RunConfig) -> None:
     Raises:
       UserError: they differ in something that changes what is learned; the message names it.
     """
-    ours, theirs = kept_values(config), kept_values(previous)
+    ours, theirs = _kept(config), _kept(previous)
     for name in sorted(set(ours) | set(theirs)):
         if ours.get(name) != theirs.get(name):
             raise UserError(
                 f"the workdir holds a run with {name}={theirs.get(name)!r}, this one has {ours.get(name)!r}; "
                 "give another --workdir, or the same config"
             )
+
+
+def _kept(config: RunConfig) -> dict[str, Any]:
+    """What a run must go on with; of its data the sources with all their fields."""
+    values = {name: value for name, value in kept_values(config).items() if name.partition(".")[0] != "data"}
+    sources = {name: source_config(name, fields) for name, fields in config.data.items()}
+    for name, source in sources.items():
+        values |= {f"data.{name}.kind": type(source).__name__, **kept_values(source, f"data.{name}.")}
+    return values

@@ -105,9 +105,6 @@ class Save(Hook):
         self._log.flush()
         self._checkpoints.save(step.number, step.state)
 
-    def end(self) -> None:
-        self._checkpoints.close()
-
 
 class Evaluate(Hook):
     """Measure the state, and log what comes back under its own keys."""

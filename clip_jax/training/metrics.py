@@ -5,11 +5,11 @@ from collections.abc import Mapping
 
 from tensorboardX import SummaryWriter
 
-from clip_jax.workdir import METRICS, absolute, read_metrics
+from clip_jax.workdir import METRICS, absolute, read_metrics, write_whole
 
 
 class MetricsWriter:
-    """One JSON object a line, flushed at once. Only the process that writes logs makes one.
+    """One JSON object per line, flushed at once. Only the process that writes logs makes one.
 
     A resumed run repeats the steps after its checkpoint: what an earlier life wrote about them is dropped first,
     so that every step has one line.
@@ -20,7 +20,7 @@ class MetricsWriter:
         root.mkdir(parents=True, exist_ok=True)
         path = root / METRICS
         kept = [line for line in read_metrics(workdir) if line["step"] <= start_step]
-        path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        write_whole(path, "".join(json.dumps(line) + "\n" for line in kept))
         self._path = path
         self._events = SummaryWriter(str(root), purge_step=start_step + 1)
 

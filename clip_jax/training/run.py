@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable, Mapping
-from contextlib import closing
+from contextlib import ExitStack, closing
 
 import jax
 
@@ -45,23 +45,24 @@ def run(config: RunConfig, workdir: str, make_evaluate: MakeEvaluate | None = No
     tokenizer = make_tokenizer(config.model.text)
     evaluate = make_evaluate(config, training) if make_evaluate else None
     make_workdir(workdir)
-    checkpoints = Checkpoints(workdir, config.model)
-    state = _state(checkpoints, training, config.seed)
-    write_config(workdir, to_dict(config))
-    batches = train_batches(
-        sources,
-        weights,
-        seed=config.seed,
-        batch_size=config.batch_size,
-        preprocess=Preprocess.from_config(config.model),
-        tokenizer=tokenizer,
-        start_step=int(state.step),
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-    )
-    writer = MetricsWriter(workdir, int(state.step)) if jax.process_index() == 0 else None
-    hooks = _hooks(config, writer, checkpoints, evaluate)
-    with closing(batches):
+    with ExitStack() as open_things:
+        checkpoints = open_things.enter_context(closing(Checkpoints(workdir, config.model)))
+        state = _state(checkpoints, training, config.seed)
+        write_config(workdir, to_dict(config))
+        batches = train_batches(
+            sources,
+            weights,
+            seed=config.seed,
+            batch_size=config.batch_size,
+            preprocess=Preprocess.from_config(config.model),
+            tokenizer=tokenizer,
+            start_step=int(state.step),
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+        )
+        open_things.enter_context(closing(batches))
+        writer = MetricsWriter(workdir, int(state.step)) if jax.process_index() == 0 else None
+        hooks = _hooks(config, writer, checkpoints, evaluate)
         return train(state, train_step, on_devices(batches, training.partitioner), config.total_steps, hooks)
 
 

@@ -1,5 +1,6 @@
 """Models on the Hugging Face hub, fetched through `huggingface_hub`: its cache, its tokens, its offline mode."""
 
+import logging
 import re
 from collections.abc import Collection
 from pathlib import Path
@@ -7,6 +8,8 @@ from pathlib import Path
 from clip_jax.errors import UserError
 from clip_jax.model_folder import DESCRIPTION, DESCRIPTION_FILE, VARIABLES
 from clip_jax.weights import huggingface, open_clip, tensor_file
+
+logger = logging.getLogger(__name__)
 
 _PREFIX = "hf-hub:"
 _NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
@@ -64,9 +67,10 @@ def fetch(source: str) -> Path:
         ) from error
     except Exception as error:
         # Its own errors, its HTTP library's (which differs by version) and the system's: all mean that nothing came.
-        if (folder := _cached(name)) is not None:
-            return folder
         reason = " ".join(str(error).split())[:200] or type(error).__name__
+        if (folder := _cached(name)) is not None:
+            logger.warning("the hub cannot be asked (%s): %s is taken from its cache", reason, name)
+            return folder
         raise UserError(
             f"{source!r} is no file or folder here, nor in the cache of models from the hub, and the hub cannot "
             f"be asked: {reason}"

@@ -49,7 +49,7 @@ def read(folder: Path, config: CLIPConfig) -> CLIPConfig:
     Raises:
       UserError: unreadable files, or image processing that our description cannot express.
     """
-    text = dataclasses.replace(config.text, **_tokenizer(folder))
+    text = dataclasses.replace(config.text, **_tokenizer(folder, config.text.vocab_size))
     path, values = _image_processor(folder)
     processing = image_processing(values, config.vision.image_resolution, str(path))
     try:
@@ -153,7 +153,7 @@ def _image_processor(folder: Path) -> tuple[Path, dict[str, Any]]:
     return path, read_json(path) if path.is_file() else {}
 
 
-def _tokenizer(folder: Path) -> dict[str, Any]:
+def _tokenizer(folder: Path, vocab_size: int) -> dict[str, Any]:
     """The fields of TextConfig that say how texts are tokenised; OpenAI's where the folder holds no tokenizer.
 
     Another tokenizer gets a name that `make_tokenizer` does not know: images and token ids can be encoded all the same.
@@ -168,6 +168,8 @@ def _tokenizer(folder: Path) -> dict[str, Any]:
     vocabulary = _vocabulary(folder)
     if vocabulary is not None and vocabulary != {name: i for i, name in enumerate(bpe.vocabulary().names)}:
         return {"tokenizer": f"{name} of {len(vocabulary)} entries"}
+    if vocabulary is None and vocab_size > bpe.VOCAB_SIZE:
+        return {"tokenizer": f"an unknown one of {vocab_size} entries"}
     return {"tokenizer": "openai"}
 
 

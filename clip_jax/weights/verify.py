@@ -66,7 +66,7 @@ def verify(form: str, path: Path, config: CLIPConfig, variables: Any) -> list[Ro
 
 
 def compare(expected: Outputs, ours: Outputs) -> list[Row]:
-    """One row an output, in order."""
+    """One row per output, in order."""
     return [_row(name, expected[name].astype(np.float64), ours[name].astype(np.float64)) for name in expected]
 
 

@@ -62,3 +62,19 @@ def test_an_unknown_name_lists_what_is_accepted(unknown, tmp_path):
     message = str(error.value)
     assert all(name in message for name in (repr(unknown), "shapes, shapes_seen, digits", "folder", "NAME/SPLIT"))
     assert "\n" not in message
+
+
+def test_wordnet_ids_are_no_class_names(monkeypatch):
+    """TFDS calls ImageNet's classes so: a prompt with them would score at chance without an error."""
+    from types import SimpleNamespace
+
+    from clip_jax.data import tfds_source
+
+    source = SimpleNamespace(name="imagenet_v2", class_names=("n01440764", "n01443537"))
+    builder = SimpleNamespace(info=SimpleNamespace(splits=("test",)))
+    monkeypatch.setattr(tfds_source, "open_builder", lambda name, data_dir: builder)
+    monkeypatch.setattr(tfds_source, "TfdsSource", lambda builder, split: source)
+    with pytest.raises(
+        UserError, match=r"classes of imagenet_v2 are called n01440764 .* class_names in EVALUATION_SETS"
+    ):
+        evaluation_set("imagenet_v2")

@@ -148,6 +148,8 @@ def test_a_finished_run_is_left_as_it_is(undisturbed):
     [
         ({"batch_size": 32}, "batch_size=16"),
         ({"seed": 1}, "seed=0"),
+        ({"data": {"digits": {"weight": 1.0}, "shapes": {}}}, "data.shapes.kind=None"),
+        ({"data": {"shapes": {}}}, "data.digits.kind='DigitsConfig'"),
         ({"data": {"digits": {"weight": 2.0}}}, "data.digits.weight=1.0"),
     ],
 )
