@@ -58,6 +58,12 @@ def in_pieces(apply: Apply, tokens: int) -> Apply:
     return loop
 
 
+def adds_bfloat16() -> bool:
+    """Whether the devices of the mesh in use can add bfloat16 up among themselves: XLA's CPU backend aborts on it."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return device is None or device.platform != "cpu"
+
+
 def largest_divisor(number: int, at_most: int) -> int:
     """The largest divisor of `number` up to `at_most`, and at least 1."""
     return max(divisor for divisor in range(1, number + 1) if number % divisor == 0 and divisor <= max(1, at_most))

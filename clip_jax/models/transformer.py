@@ -17,7 +17,7 @@ from jaxtyping import Array, Float
 from clip_jax.models.attention import MultiheadAttention
 from clip_jax.models.config import Execution
 from clip_jax.models.initializers import BlockInitializers, constant, torch_linear
-from clip_jax.models.shares import Apply, largest_divisor, on_each_share
+from clip_jax.models.shares import Apply, adds_bfloat16, largest_divisor, on_each_share
 
 LAYER_NORM_EPSILON = 1e-5
 
@@ -159,7 +159,8 @@ def run_stack(
 
     def gathered(params: Any, x: Float[Array, "batch length width"]) -> Float[Array, "batch length width"]:
         # Kernels travel as they are computed with. Not where pieces' gradients are added up: that is float32's task.
-        return on_share(params if execution.block_tokens else kernels_as(execution.compute_dtype, params), x)
+        as_they_are = execution.block_tokens or not adds_bfloat16()
+        return on_share(params if as_they_are else kernels_as(execution.compute_dtype, params), x)
 
     # Once more, so that the backward pass gathers parameters again rather than keep them all.
     layer = rematerialised(gathered, execution.remat)

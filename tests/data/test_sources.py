@@ -187,7 +187,7 @@ def test_a_config_whose_folder_was_forgotten_does_not_scan_the_current_one():
 def test_weights_and_kinds():
     config = {"mine": {"kind": "digits", "weight": 3}, "digits": {}}
     sources, weights = make_sources(config)
-    assert weights == (3.0, 1.0)
+    assert weights == (1.0, 3.0)  # by name: their order decides the stream, and a mapping has none
     assert [source.name for source in sources] == ["digits/train", "digits/train"]
 
 
