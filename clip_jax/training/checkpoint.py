@@ -115,19 +115,18 @@ def has_checkpoint(workdir: epath.PathLike) -> bool:
 
 
 def make_workdir(workdir: epath.PathLike) -> None:
-    """Create `workdir` if need be, and see that it can be written to. Only process 0 does.
+    """Create `workdir` if need be, and see that it can be written to.
 
     Raises:
       UserError: it is a file, or cannot be created or written to.
     """
-    if jax.process_index() == 0:
-        root = absolute(workdir)
-        try:
-            root.mkdir(parents=True, exist_ok=True)
-            (root / ".writable").write_text("")
-            (root / ".writable").unlink()
-        except OSError as error:
-            raise UserError(f"cannot write to the workdir {workdir} ({error}); give another --workdir") from error
+    root = absolute(workdir)
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        (root / ".writable").write_text("")
+        (root / ".writable").unlink()
+    except OSError as error:
+        raise UserError(f"cannot write to the workdir {workdir} ({error}); give another --workdir") from error
 
 
 def write_config(workdir: epath.PathLike, config: Mapping[str, Any]) -> None:

@@ -2,11 +2,37 @@
 
 import logging
 import os
+from collections.abc import Callable
+from typing import TypeVar
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 
 from clip_jax.errors import UserError
 from clip_jax.platform import on_tpu_host
+
+T = TypeVar("T")
+
+
+def on_first_process(action: Callable[[], T]) -> T | None:
+    """What `action` returns on process 0, None on the others. If it refuses, all end, and none waits for the others.
+
+    Raises:
+      UserError: the action's on process 0, one that points there on the others.
+    """
+    result, mistake = None, None
+    if jax.process_index() == 0:
+        try:
+            result = action()
+        except UserError as error:
+            mistake = error
+    refused = jax.process_count() > 1 and multihost_utils.broadcast_one_to_all(np.int32(mistake is not None))
+    if mistake is not None:
+        raise mistake
+    if refused:
+        raise UserError("process 0 refused to go on; its own message says why")
+    return result
 
 
 def initialize(coordinator: str | None, processes: int | None, process_index: int | None) -> None:

@@ -12,6 +12,7 @@ from clip_jax.options import from_dict, to_dict
 from clip_jax.processing import Preprocess, make_tokenizer
 from clip_jax.training.checkpoint import Checkpoints, has_checkpoint, make_workdir, read_config, write_config
 from clip_jax.training.config import RunConfig, check_same_run, make_training
+from clip_jax.training.distributed import on_first_process
 from clip_jax.training.hooks import Evaluate, Log, Save
 from clip_jax.training.loop import Hook, every, on_devices, train
 from clip_jax.training.metrics import MetricsWriter
@@ -44,7 +45,7 @@ def run(config: RunConfig, workdir: str, make_evaluate: MakeEvaluate | None = No
     sources, weights = make_sources(config.data, config.data_dir)
     tokenizer = make_tokenizer(config.model.text)
     evaluate = make_evaluate(config, training) if make_evaluate else None
-    make_workdir(workdir)
+    on_first_process(lambda: make_workdir(workdir))
     with ExitStack() as open_things:
         checkpoints = open_things.enter_context(closing(Checkpoints(workdir, config.model)))
         state = _state(checkpoints, training, config.seed)
@@ -61,7 +62,7 @@ def run(config: RunConfig, workdir: str, make_evaluate: MakeEvaluate | None = No
             process_count=jax.process_count(),
         )
         open_things.enter_context(closing(batches))
-        writer = MetricsWriter(workdir, int(state.step)) if jax.process_index() == 0 else None
+        writer = on_first_process(lambda: MetricsWriter(workdir, int(state.step)))
         hooks = _hooks(config, writer, checkpoints, evaluate)
         return train(state, train_step, on_devices(batches, training.partitioner), config.total_steps, hooks)
 

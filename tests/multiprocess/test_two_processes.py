@@ -1,6 +1,7 @@
 """Two processes of four devices learn what one process of eight learns."""
 
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -9,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from clip_jax.workdir import read_metrics
+from clip_jax.workdir import METRICS, read_metrics
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -62,3 +63,15 @@ def test_only_one_process_writes_logs(workdirs):
 def test_a_run_of_two_processes_is_continued_by_one(workdirs):
     """The checkpoint that two processes wrote is restored on other hosts: one process, nothing left to train."""
     finish(start("none", 1, 0, workdirs[1]))
+
+
+def test_two_processes_restore_together_and_none_waits_where_the_first_refuses(workdirs, tmp_path):
+    """A damaged line of metrics is found by the first process alone, after both have restored the checkpoint."""
+    shutil.copytree(workdirs[1], tmp_path / "run")
+    (tmp_path / "run" / METRICS).write_text("{\n")
+    coordinator = f"127.0.0.1:{free_port()}"
+    processes = [start(coordinator, 2, index, tmp_path / "run") for index in range(2)]
+    errors = [process.communicate(timeout=300)[1] for process in processes]
+    assert all(process.returncode != 0 for process in processes)
+    assert "metrics.jsonl, line 1 is not JSON" in errors[0]
+    assert "process 0 refused to go on" in errors[1]
