@@ -6,6 +6,7 @@ python evaluate.py --weights runs/demo --datasets shapes,digits --report report.
 
 import argparse
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -32,13 +33,16 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--report", metavar="FILE.html", help="write a page with pictures here")
     flags, config = cli.parse(parser, argv, needs_config=False)
     weights = flags.weights or official_name(config)
-    names = flags.datasets.split(",") if flags.datasets else config.eval_datasets if config else ()
+    asked = [name.strip() for name in (flags.datasets or "").split(",")]
+    names = [name for name in asked if name] or (config.eval_datasets if config else ())
     if not names:
         raise UserError(f"expected --datasets A,B,C, each {accepted_names()}")
 
     from clip_jax.evaluation.zero_shot import zero_shot
 
     datasets = [evaluation_set(name, config.data_dir if config else "") for name in names]
+    for target in filter(None, (flags.output, flags.report)):
+        make_parent(Path(target))
     if flags.report:
         from clip_jax.reports.zero_shot import write_report
         from clip_jax.workdir import BEST, read_metrics
@@ -53,6 +57,16 @@ def main(argv: Sequence[str]) -> None:
     if flags.report:
         write_report(flags.report, f"clip_jax: {model}", read_metrics(weights.removesuffix(BEST)), results)
         print(f"report: {flags.report}")
+
+
+def make_parent(target: Path) -> None:
+    """The folder of a file to be written, made before the evaluation, not missed after it."""
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if target.is_dir() or not os.access(target.parent, os.W_OK):
+            raise OSError("it is a folder" if target.is_dir() else f"{target.parent} cannot be written to")
+    except OSError as error:
+        raise UserError(f"cannot write {target}: {error}; name another file") from error
 
 
 def official_name(config: Any) -> str:

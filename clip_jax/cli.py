@@ -61,9 +61,9 @@ def parse(
     )
     flags, rest = parser.parse_known_args(argv)
     overrides = _assignments(rest, parser)
-    if overrides and not flags.config:
+    if overrides and flags.config is None:
         raise UserError(f"--config.{next(iter(overrides))} overrides a value of a config; give --config NAME too")
-    return flags, load_config(flags.config, overrides) if flags.config else None
+    return flags, load_config(flags.config, overrides) if flags.config is not None else None
 
 
 def config_names() -> list[str]:

@@ -109,6 +109,8 @@ def read(folder: epath.PathLike) -> tuple[CLIPConfig, Any]:
             raise UserError(f"{folder} is damaged: {path} cannot be read ({str(error)[:300]}); {_ADVICE}") from error
         if variables[path].shape != shape or not is_intact(path, variables[path]):
             raise UserError(f"{folder} is damaged: {path} is not what was written; {_ADVICE}")
+        if not np.isfinite(variables[path]).all():
+            raise UserError(f"{folder} holds no usable model: {path} has numbers that are NaN or infinite")
     return config, unflatten_dict(variables, sep="/")
 
 
@@ -127,8 +129,8 @@ def check_digests(folder: epath.Path, variables: Any) -> None:
     Raises:
       UserError: an array is not what was written; the message names it.
     """
-    expected = _load(folder).get("digests") if (folder / DESCRIPTION).is_dir() else None
-    if expected is not None:
+    if (folder / DESCRIPTION).is_dir() or not _has_run_config(folder):
+        expected = _load(folder)["digests"]
         found = digests(variables)
         altered = sorted(path for path in found.keys() | expected.keys() if found.get(path) != expected.get(path))
         if altered:
@@ -140,7 +142,7 @@ def damage(folder: epath.Path, error: Exception) -> str:
     return f"{folder} is damaged ({type(error).__name__}: {str(error)[:300]}); {_ADVICE}"
 
 
-_ADVICE = "convert it again, or take another checkpoint"
+_ADVICE = "convert it again, or remove this checkpoint to go on from the one before"
 
 
 def _describe(folder: epath.Path) -> Description:
@@ -179,8 +181,14 @@ def _read_json(file: epath.Path, keys: set[str]) -> dict[str, Any]:
 
 
 def _has_run_config(folder: epath.Path) -> bool:
+    """Whether `folder` is a step from before the model folder, whose description is its run's config.json."""
     in_workdir = folder.parent.name == CHECKPOINTS and (folder.parent.parent / RUN_CONFIG).is_file()
-    return in_workdir and (folder / VARIABLES).is_dir()
+    if not in_workdir or not (folder / VARIABLES).is_dir():
+        return False
+    written = folder / "_CHECKPOINT_METADATA"  # where Orbax notes what it saved
+    if written.is_file() and f'"{DESCRIPTION}"' in written.read_text():
+        raise UserError(f"{folder} is damaged: its {DESCRIPTION} is missing; {_ADVICE}")
+    return True
 
 
 def _seal(description: Mapping[str, Any]) -> str:

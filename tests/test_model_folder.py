@@ -135,3 +135,11 @@ def test_every_bit_and_every_exchange_changes_a_digest():
             seen.add(digest(altered))
     assert len(seen) == 1 + 8 * array.nbytes
     assert digest(array[::-1]) not in seen and digest(array.T.reshape(array.shape)) not in seen
+
+
+def test_numbers_that_are_not_finite_are_named(tmp_path):
+    variables = tiny.variables(tiny.VIT)
+    variables["params"]["visual"]["proj"][0, 0] = np.nan
+    model_folder.write(tmp_path / "nan", tiny.VIT, variables)
+    with pytest.raises(UserError, match=r"params/visual/proj has numbers that are NaN"):
+        model_folder.read(tmp_path / "nan")

@@ -99,6 +99,8 @@ class TextConfig:
 
     def __post_init__(self):
         _check_positive(self)
+        if self.context_length < 3:
+            raise UserError(f"context_length must be at least 3 (start, a word, end), got {self.context_length}")
         _check_divides("text width", self.width, "text heads", self.heads)
         if not isinstance(self.tokenizer, str) or not isinstance(self.lowercase, bool):
             raise UserError(

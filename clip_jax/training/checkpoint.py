@@ -14,10 +14,10 @@ from etils import epath
 from clip_jax import model_folder
 from clip_jax.digests import digests
 from clip_jax.errors import UserError
-from clip_jax.model_folder import VARIABLES
+from clip_jax.model_folder import DESCRIPTION, VARIABLES
 from clip_jax.models import CLIPConfig
 from clip_jax.training.state import TrainState
-from clip_jax.workdir import CHECKPOINTS, RUN_CONFIG, absolute, best_step, write_whole
+from clip_jax.workdir import BEST, CHECKPOINTS, RUN_CONFIG, absolute, best_step, write_whole
 
 OPT_STATE = "opt_state"
 KEEP = 3
@@ -121,6 +121,8 @@ def make_workdir(workdir: epath.PathLike) -> None:
       UserError: it is a file, or cannot be created or written to.
     """
     root = absolute(workdir)
+    if (root / DESCRIPTION).exists() or (root / VARIABLES).exists() or str(workdir).endswith(BEST):
+        raise UserError(f"{workdir} names a model, not the workdir of a run; give another --workdir")
     try:
         root.mkdir(parents=True, exist_ok=True)
         (root / ".writable").write_text("")
@@ -147,7 +149,7 @@ def read_config(workdir: epath.PathLike) -> dict[str, Any] | None:
         return None
     try:
         values = json.loads(path.read_text())
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         raise UserError(f"{path} is not JSON ({error}); restore it, or start in another workdir") from error
     if not isinstance(values, dict):
         raise UserError(f"{path} must be an object, got {str(values)[:50]}; restore it, or start in another workdir")

@@ -174,7 +174,9 @@ def config_to_json(config: CLIPConfig) -> dict[str, Any]:
         raise UserError("transformers.CLIPModel has no ResNet image tower; write this model as openai or open_clip")
     if not text.lowercase:
         raise UserError("transformers' CLIPTokenizer lower-cases every text; write this model as open_clip")
-    if text.tokenizer == "openai" and text.vocab_size > VOCAB_SIZE:
+    if text.tokenizer != "openai":
+        raise UserError(f"transformers would take OpenAI's tokenizer for {text.tokenizer!r}; write this model as jax")
+    if text.vocab_size > VOCAB_SIZE:
         raise UserError(f"transformers' CLIPModel takes id {text.vocab_size - 1} for end of text, not {END_OF_TEXT}")
     shared = {
         "hidden_act": config.activation,

@@ -59,9 +59,9 @@ def read(folder: Path, config: CLIPConfig) -> CLIPConfig:
 
 
 def write(folder: Path, config: CLIPConfig) -> None:
-    """Write the image processor, and the tokenizer if the model has OpenAI's."""
+    """Write the image processor, and OpenAI's tokenizer if the model has its whole vocabulary."""
     write_json(folder / PREPROCESSOR_FILE, image_processor_json(config))
-    if config.text.tokenizer == "openai" and config.text.vocab_size == VOCAB_SIZE:
+    if config.text.vocab_size == VOCAB_SIZE:
         names = bpe.vocabulary().names
         merges = [f"{names[left]} {names[right]}\n" for left, right in bpe.vocabulary().merges]
         write_json(folder / "vocab.json", {name: i for i, name in enumerate(names)})

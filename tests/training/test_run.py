@@ -99,6 +99,10 @@ def test_a_workdir_without_descriptions_still_opens_and_resumes(undisturbed, tmp
     shutil.copytree(workdir, tmp_path, dirs_exist_ok=True)
     shutil.rmtree(tmp_path / "checkpoints" / "6")
     shutil.rmtree(tmp_path / "checkpoints" / "3" / "description")
+    with pytest.raises(UserError, match="its description is missing"):
+        load_variables(tmp_path)
+    metadata = tmp_path / "checkpoints" / "3" / "_CHECKPOINT_METADATA"
+    metadata.write_text(metadata.read_text().replace('"description"', '"before_description"'))
     config, variables = load_variables(tmp_path)
     assert config == CONFIG.model
     want = load_variables(workdir / "checkpoints" / "3")[1]

@@ -246,8 +246,8 @@ def test_another_tokenizer_is_named_and_not_used(written, tmp_path, name, change
     assert config.text.tokenizer == kind
     with pytest.raises(UserError, match=f"tokenizer is '{kind}'"):
         make_tokenizer(config.text)
-    save(tmp_path / "again", config, variables, "huggingface")
-    assert not (tmp_path / "again" / "vocab.json").exists()
+    with pytest.raises(UserError, match="transformers would take OpenAI's tokenizer for"):
+        save(tmp_path / "again", config, variables, "huggingface")
 
 
 def test_the_vocabulary_of_transformers_5_lies_in_another_file(written, tmp_path):
