@@ -129,12 +129,12 @@ def check_digests(folder: epath.Path, variables: Any) -> None:
     Raises:
       UserError: an array is not what was written; the message names it.
     """
-    if (folder / DESCRIPTION).is_dir() or not _has_run_config(folder):
-        expected = _load(folder)["digests"]
-        found = digests(variables)
-        altered = sorted(path for path in found.keys() | expected.keys() if found.get(path) != expected.get(path))
-        if altered:
-            raise UserError(f"{folder} is damaged: {altered[0]} is not what was written; {_ADVICE}")
+    if not (folder / DESCRIPTION).is_dir():
+        return _check_not_lost(folder)
+    expected, found = _load(folder)["digests"], digests(variables)
+    altered = sorted(path for path in found.keys() | expected.keys() if found.get(path) != expected.get(path))
+    if altered:
+        raise UserError(f"{folder} is damaged: {altered[0]} is not what was written; {_ADVICE}")
 
 
 def damage(folder: epath.Path, error: Exception) -> str:
@@ -153,6 +153,7 @@ def _describe(folder: epath.Path) -> Description:
     if (folder / DESCRIPTION_FILE).is_file():  # version 1, of conversion
         values = _read_json(folder / DESCRIPTION_FILE, {"config", "crc32"})
         return CLIPConfig.from_dict(values["config"]), lambda path, array: values["crc32"].get(path) == _crc32(array)
+    _check_not_lost(folder)
     values = _read_json(folder.parent.parent / RUN_CONFIG, {"model"})  # before version 1, of training
     return CLIPConfig.from_dict(values["model"]), lambda path, array: True
 
@@ -181,14 +182,16 @@ def _read_json(file: epath.Path, keys: set[str]) -> dict[str, Any]:
 
 
 def _has_run_config(folder: epath.Path) -> bool:
-    """Whether `folder` is a step from before the model folder, whose description is its run's config.json."""
+    """Whether `folder` is a step of a workdir: before the model folder, config.json alone said what the model is."""
     in_workdir = folder.parent.name == CHECKPOINTS and (folder.parent.parent / RUN_CONFIG).is_file()
-    if not in_workdir or not (folder / VARIABLES).is_dir():
-        return False
+    return in_workdir and (folder / VARIABLES).is_dir()
+
+
+def _check_not_lost(folder: epath.Path) -> None:
+    """Tell a step that never had a description from one that lost it."""
     written = folder / "_CHECKPOINT_METADATA"  # where Orbax notes what it saved
     if written.is_file() and f'"{DESCRIPTION}"' in written.read_text():
         raise UserError(f"{folder} is damaged: its {DESCRIPTION} is missing; {_ADVICE}")
-    return True
 
 
 def _seal(description: Mapping[str, Any]) -> str:

@@ -51,7 +51,9 @@ def written(tmp_path_factory):
         shutil.copytree(root / "jax", root / workdir / "checkpoints" / "7")
         (root / workdir / "config.json").write_text(json.dumps({"model": CONFIG.to_dict()}))
     (root / "run" / METRICS).write_text('{"step": 7, "eval/digits/acc1": 0.5}\n')
-    shutil.rmtree(root / "old_run" / "checkpoints" / "7" / "description")
+    old = root / "old_run" / "checkpoints" / "7"
+    shutil.rmtree(old / "description")
+    (old / "_CHECKPOINT_METADATA").unlink()
     return root
 
 
