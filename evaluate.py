@@ -46,6 +46,8 @@ def main(argv: Sequence[str]) -> None:
     if flags.report:
         from clip_jax.reports.zero_shot import write_report
         from clip_jax.workdir import BEST, read_metrics
+
+        metrics = read_metrics(weights.removesuffix(BEST))  # before the evaluation: a damaged line must not cost it
     encoders, variables = load_encoders(weights, config)
     results = [zero_shot(encoders, variables, dataset) for dataset in datasets]
     for result in results:
@@ -55,7 +57,7 @@ def main(argv: Sequence[str]) -> None:
         rows = [benchmark_row(result, model, weights) for result in results]
         Path(flags.output).write_text(json.dumps(rows, indent=2, allow_nan=False) + "\n")
     if flags.report:
-        write_report(flags.report, f"clip_jax: {model}", read_metrics(weights.removesuffix(BEST)), results)
+        write_report(flags.report, f"clip_jax: {model}", metrics, results)
         print(f"report: {flags.report}")
 
 

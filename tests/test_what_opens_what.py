@@ -98,6 +98,7 @@ def test_conversion_opens_it(source, form, tmp_path):
 
 
 def test_evaluation_opens_it_without_a_config(source, tmp_path):
+    jax.tree.map(np.testing.assert_array_equal, evaluate.load_encoders(str(source), None)[1], VARIABLES)
     for number, name in enumerate(("cat", "dog")):
         (tmp_path / "photos" / name).mkdir(parents=True)
         Image.new("RGB", (40, 50), (200 * number, 90, 30)).save(tmp_path / "photos" / name / "photo.png")
