@@ -114,14 +114,14 @@ class Preprocess:
         return image.resize((width, height), Image.Resampling[self.interpolation.upper()])
 
 
-def open_image(source: str | os.PathLike[str] | bytes) -> Image.Image:
+def open_image(source: str | os.PathLike[str] | bytes | Image.Image) -> Image.Image:
     """Open and decode an image that nobody vouches for.
 
     The size is read from the header, and refused before anything is decoded. Of an animation, the first frame
     counts. EXIF orientation is not applied, as in OpenAI's pipeline.
 
     Args:
-      source: a path, or the content of a file.
+      source: a path, or the content of a file; a picture that is decoded already is returned as it is.
 
     Returns:
       The decoded image, in the file's own mode.
@@ -129,6 +129,8 @@ def open_image(source: str | os.PathLike[str] | bytes) -> Image.Image:
     Raises:
       UserError: the file is missing, truncated, corrupt, of none of `FORMATS` or over `MAX_PIXELS` pixels.
     """
+    if isinstance(source, Image.Image):
+        return source
     name = "image bytes" if isinstance(source, bytes) else os.fspath(source)
     too_large = f"{name}: expected an image of at most {MAX_PIXELS} pixels, got {{}}: resize it or leave it out"
     try:
