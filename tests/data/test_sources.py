@@ -197,14 +197,15 @@ def test_digits_folders_and_shapes_need_no_tensorflow(tmp_path, data_dir):
     (tmp_path / "a.txt").write_text("black")
     program = f"""
 import sys
-from clip_jax.data.pipeline import train_batches
+from clip_jax.data.pipeline import TrainBatches
+from clip_jax.data.reader import Mixture, TrainReader
 from clip_jax.data.sources import make_sources
 from clip_jax.processing import Preprocess
 from clip_jax.processing.tokenizers import OpenAITokenizer
 def batch(config):
     sources, weights = make_sources(config, {data_dir!r})
     processing = {{"preprocess": Preprocess(8), "tokenizer": OpenAITokenizer()}}
-    next(train_batches(sources, weights, seed=0, batch_size=2, **processing))
+    next(TrainBatches(TrainReader(Mixture(sources, weights, 0, 2), **processing)))
 batch({{"digits": {{}}, "folder": {{"path": {str(tmp_path)!r}}}}})
 assert "tensorflow_datasets" not in sys.modules
 batch({{"shapes": {{}}}})
