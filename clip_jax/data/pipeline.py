@@ -20,7 +20,7 @@ from jaxtyping import Int32, Int64, UInt8
 from clip_jax.data.example import Example, Source
 from clip_jax.data.order import mixture_index, sample_generator, sample_index
 from clip_jax.errors import UserError
-from clip_jax.processing import Preprocess, Tokenizer
+from clip_jax.processing import Augment, Preprocess, Tokenizer
 
 Batch = dict[str, np.ndarray]
 
@@ -37,6 +37,7 @@ def train_batches(
     batch_size: int,
     preprocess: Preprocess,
     tokenizer: Tokenizer,
+    augment: Augment,
     start_step: int = 0,
     process_index: int = 0,
     process_count: int = 1,
@@ -48,8 +49,9 @@ def train_batches(
       weights: their relative weights.
       seed: fixes the order, the crops and the choice among several captions.
       batch_size: of all hosts together.
-      preprocess: resizes the images, which are then cropped at random (paper, section 2.3).
+      preprocess: the model's.
       tokenizer: the model's; longer captions are truncated.
+      augment: crops the images, and whatever else varies them.
       start_step: the step to begin with, when resuming.
       process_index: this host.
       process_count: the number of hosts; each takes an equal, contiguous share of every batch.
@@ -64,7 +66,7 @@ def train_batches(
     local_size, remainder = divmod(batch_size, process_count)
     if remainder or not local_size:
         raise UserError(f"batch_size {batch_size} does not divide by the number of hosts, {process_count}")
-    reader = _TrainReader(tuple(sources), tuple(weights), seed, preprocess, tokenizer)
+    reader = _TrainReader(tuple(sources), tuple(weights), seed, preprocess, tokenizer, augment)
     first = np.int64(batch_size) * start_step + process_index * local_size
     shares = (np.arange(start, start + local_size) for start in itertools.count(first, batch_size))
     return _prefetched(reader.read, shares)
@@ -107,6 +109,7 @@ class _TrainReader:
     seed: int
     preprocess: Preprocess
     tokenizer: Tokenizer
+    augment: Augment
 
     def read(self, positions: Int64[np.ndarray, "n"]) -> Batch:
         source_numbers, indices = self._locate(positions)
@@ -134,7 +137,7 @@ class _TrainReader:
         generator = sample_generator(self.seed, position)
         with _naming(source, index):
             example = source[index]
-            image = self.preprocess.resize_and_crop_randomly(example.image, generator)
+            image = self.augment(example.image, generator, self.preprocess)
             return image, _tokens(self.tokenizer, _choose_caption(example, generator))
 
 

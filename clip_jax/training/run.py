@@ -57,6 +57,7 @@ def run(config: RunConfig, workdir: str, make_evaluate: MakeEvaluate | None = No
             batch_size=config.batch_size,
             preprocess=Preprocess.from_config(config.model),
             tokenizer=tokenizer,
+            augment=config.augment,
             start_step=int(state.step),
             process_index=jax.process_index(),
             process_count=jax.process_count(),

@@ -198,11 +198,11 @@ def test_digits_folders_and_shapes_need_no_tensorflow(tmp_path, data_dir):
 import sys
 from clip_jax.data.pipeline import train_batches
 from clip_jax.data.sources import make_sources
-from clip_jax.processing import Preprocess
+from clip_jax.processing import Augment, Preprocess
 from clip_jax.processing.tokenizers import OpenAITokenizer
 def batch(config):
     sources, weights = make_sources(config, {data_dir!r})
-    processing = {{"preprocess": Preprocess(8), "tokenizer": OpenAITokenizer()}}
+    processing = {{"preprocess": Preprocess(8), "tokenizer": OpenAITokenizer(), "augment": Augment()}}
     next(train_batches(sources, weights, seed=0, batch_size=2, **processing))
 batch({{"digits": {{}}, "folder": {{"path": {str(tmp_path)!r}}}}})
 assert "tensorflow_datasets" not in sys.modules
