@@ -133,7 +133,7 @@ def test_the_whole_image_as_the_model_resizes():
 
 
 @pytest.mark.parametrize("crop", augment.CROPS)
-@pytest.mark.parametrize("size", [(1001, 333), (1, 1), (3, 999), (400, 400)])
+@pytest.mark.parametrize("size", [(1999, 129), (129, 1999), (1, 1), (3, 999)])
 def test_nothing_is_ever_padded(crop, size):
     rng = np.random.default_rng(0)
     vary = Augment(crop=crop, scale=(0.05, 1.0), ratio=(0.2, 5.0))
