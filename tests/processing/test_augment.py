@@ -140,7 +140,7 @@ def test_nothing_is_ever_padded(crop, size):
     white = Image.new("RGB", size, "white")
     for source in (white, saved(white, "JPEG")):
         for _ in range(30):
-            assert vary(source, rng, Preprocess(24)).min() == 255
+            assert vary(source, rng, Preprocess(8)).min() == 255
 
 
 # Mirrors and colours
