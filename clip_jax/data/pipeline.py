@@ -21,6 +21,7 @@ from clip_jax.data.example import Example, Source
 from clip_jax.data.order import mixture_index, sample_generator, sample_index
 from clip_jax.errors import UserError
 from clip_jax.processing import Augment, Preprocess, Tokenizer
+from clip_jax.processing.images import open_image
 
 Batch = dict[str, np.ndarray]
 
@@ -93,7 +94,7 @@ def evaluation_batches(source: Source, batch_size: int, preprocess: Preprocess) 
         for row, index in enumerate(indices[indices < len(source)].tolist()):
             with _naming(source, index):
                 example = source[index]
-                images[row] = preprocess.resize_and_crop(example.image)
+                images[row] = preprocess.resize_and_crop(open_image(example.image))
                 labels[row] = -1 if example.label is None else example.label
         return {"image": images, "label": labels, "mask": indices < len(source)}
 

@@ -15,6 +15,7 @@ from PIL import Image
 
 from clip_jax.evaluation.metrics import confusion_matrix
 from clip_jax.evaluation.zero_shot import ZeroShotResult
+from clip_jax.processing.images import open_image
 
 SAMPLES = 12  # images shown with their prediction
 MATRIX = 8  # images and texts in the similarity matrix
@@ -149,7 +150,7 @@ def _spread(indices: Int[np.ndarray, "n"], count: int) -> Int[np.ndarray, "m"]:
 
 
 def _thumbnail(result: ZeroShotResult, index: int) -> str:
-    image = result.dataset.source[index].image.convert("RGB")
+    image = open_image(result.dataset.source[index].image).convert("RGB")
     scale = THUMBNAIL / max(image.size)
     size = tuple(max(1, round(side * scale)) for side in image.size)
     buffer = io.BytesIO()

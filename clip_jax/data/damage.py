@@ -1,0 +1,49 @@
+"""What can be wrong with stored samples, by name, so that damage can be counted as well as refused."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from clip_jax.errors import UserError
+
+REASONS = {
+    "cut": "a file, shard or record that ends early",
+    "header": "a block or record header that is not valid",
+    "checksum": "content that does not match its checksum",
+    "too_large": "a member, record or image beyond what is ever read",
+    "link": "a link, device or other special member of a tar file",
+    "unsafe_path": "a member with an absolute name, or one with ..",
+    "duplicate_key": "a second sample of the same name in one shard",
+    "image": "an image that is missing or cannot be decoded",
+    "caption": "a caption that is missing, empty or not UTF-8",
+    "unreadable": "anything else that a source refuses",
+}
+
+
+class Damaged(UserError):
+    """A sample, or a part of a shard, that cannot be used.
+
+    Attributes:
+      reason: one of `REASONS`.
+    """
+
+    def __init__(self, reason: str, message: str):
+        assert reason in REASONS, reason
+        super().__init__(message)
+        self.reason = reason
+
+    def __reduce__(self):  # pickled between processes
+        return type(self), (self.reason, str(self))
+
+
+@contextmanager
+def naming(where: str) -> Iterator[None]:
+    """Say which file, offset and key an error of a user's data comes from; every such error leaves as `Damaged`."""
+    try:
+        yield
+    except Damaged as error:
+        raise Damaged(error.reason, f"{where}: {error}") from error
+    except (UserError, OSError) as error:
+        raise Damaged("unreadable", f"{where}: {error}") from error
+    except Exception as error:
+        error.add_note(f"while reading {where}")
+        raise
