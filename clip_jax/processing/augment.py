@@ -30,12 +30,12 @@ class Augment:
         "random: a square anywhere once the shorter side is resized, as in the paper; resized: a part of random size "
         "and shape, resized to the model's square, as in open_clip",
     )
-    scale: tuple[float, float] = option((0.9, 1.0), "least and most part of the image's area in a resized crop")
-    ratio: tuple[float, float] = option((3 / 4, 4 / 3), "least and most width / height of a resized crop")
-    flip: bool = option(False, "mirror every other image, drawn by lot; not where captions tell left from right")
+    scale: tuple[float, float] = option((0.9, 1.0), "smallest and largest share of the image's area in a resized crop")
+    ratio: tuple[float, float] = option((3 / 4, 4 / 3), "smallest and largest width / height of a resized crop")
+    flip: bool = option(False, "mirror half of the images, at random; not where captions tell left from right")
     color_jitter: tuple[float, float, float, float] = option(
         (0.0, 0.0, 0.0, 0.0),
-        "most change of brightness, contrast and saturation, as a part of each, and of hue, at most 0.5 of its circle",
+        "largest change of brightness, contrast and saturation, as a fraction, and of hue, up to 0.5 of its circle",
     )
 
     def __post_init__(self):

@@ -27,7 +27,6 @@ MAX_PIXELS = 2**28 // 3
 # Pillow reads dozens of formats, some by old code or external programs; these are what image data sets hold.
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 
-
 # What is decoded at a reduced scale has at least this many pixels for each one of the resized image. Pictures of hard
 # edges, of 1/f noise and of fringes, all with noise on top, then differ from those decoded in full by a PSNR of 42, 37
 # and 33 dB at least, about what JPEG of quality 90 loses; without a margin by 31, 27 and 23 dB. A margin of 2 (46, 42
