@@ -12,8 +12,7 @@ from clip_jax.data.damage import Damaged, naming
 from clip_jax.data.example import Example, Source, where
 from clip_jax.data.order import mixture_index, replacement_index, sample_generator, sample_index, windowed_index
 from clip_jax.errors import UserError
-from clip_jax.processing import Preprocess, Tokenizer
-from clip_jax.processing.images import open_image
+from clip_jax.processing import Augment, Preprocess, Tokenizer
 
 _CACHED_TEXTS = 2**16  # all captions of the embedded data sets
 _ATTEMPTS = 100  # stand-ins for one position, before a source counts as broken altogether
@@ -59,14 +58,16 @@ class TrainReader:
 
     Attributes:
       mixture: what is read.
-      preprocess: resizes the images, which are then cropped at random (paper, section 2.3).
+      preprocess: the model's.
       tokenizer: the model's; longer captions are truncated.
+      augment: crops the images, and whatever else varies them.
       skip: whether a damaged sample is replaced by another one, which its position decides; else it is an error.
     """
 
     mixture: Mixture
     preprocess: Preprocess
     tokenizer: Tokenizer
+    augment: Augment
     skip: bool = False
 
     def read(
@@ -108,7 +109,7 @@ class TrainReader:
     ) -> tuple[UInt8[np.ndarray, "side side 3"], Int32[np.ndarray, "context_length"]]:
         with naming(f"key {example.key!r}") if example.key else nullcontext():
             try:
-                image = self.preprocess.resize_and_crop_randomly(open_image(example.image), generator)
+                image = self.augment(example.image, generator, self.preprocess)
             except UserError as error:
                 raise Damaged("image", str(error)) from error
             return image, _tokens(self.tokenizer, _choose_caption(example, generator))

@@ -65,7 +65,7 @@ def make_reader(config: RunConfig) -> TrainReader:
     """
     tokenizer = make_tokenizer(config.model.text)
     mixture = Mixture(*make_sources(config.data, config.data_dir), config.seed, config.batch_size)
-    return TrainReader(mixture, Preprocess.from_config(config.model), tokenizer)
+    return TrainReader(mixture, Preprocess.from_config(config.model), tokenizer, config.augment)
 
 
 def _state(checkpoints: Checkpoints, training: Training, seed: int) -> TrainState:

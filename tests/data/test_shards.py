@@ -13,7 +13,7 @@ from clip_jax.data.reader import Mixture, TrainReader
 from clip_jax.data.shards import Shards
 from clip_jax.data.sources import source_config
 from clip_jax.errors import UserError
-from clip_jax.processing import Preprocess
+from clip_jax.processing import Augment, Preprocess
 from clip_jax.processing.tokenizers import OpenAITokenizer
 from tests.data.make_shards import add, caption, members, photo, write_tar, write_tfrecord
 
@@ -26,7 +26,7 @@ def open_source(kind, path, **fields):
 
 
 def batches_of(source, count=6, config=InputConfig(), **changes):  # noqa: B008
-    reader = TrainReader(Mixture((source,), (1.0,), 3, 16), Preprocess(24), OpenAITokenizer(16))
+    reader = TrainReader(Mixture((source,), (1.0,), 3, 16), Preprocess(24), OpenAITokenizer(16), Augment())
     with contextlib.closing(TrainBatches(reader, config, **changes)) as batches:
         return [next(batches) for _ in range(count)]
 

@@ -164,7 +164,7 @@ def test_folder_mistakes_are_named(tmp_path):
     ("config", "message"),
     [
         ({}, "names no source"),
-        ({"shaeps": {}}, "unknown data source 'shaeps'; known are shapes, digits, folder, tfds"),
+        ({"shaeps": {}}, "unknown data source 'shaeps'; known are shapes, digits, folder, "),
         ({"digits": {"split": "validation"}}, "train and test, got 'validation'"),
         ({"digits": {"wieght": 2.0}}, "data.digits has no field 'wieght'; did you mean weight"),
         ({"digits": {"weight": "much"}}, "data.digits: weight must be of type float, like 0.1; got 'much'"),
@@ -200,11 +200,11 @@ import sys
 from clip_jax.data.pipeline import TrainBatches
 from clip_jax.data.reader import Mixture, TrainReader
 from clip_jax.data.sources import make_sources
-from clip_jax.processing import Preprocess
+from clip_jax.processing import Augment, Preprocess
 from clip_jax.processing.tokenizers import OpenAITokenizer
 def batch(config):
     sources, weights = make_sources(config, {data_dir!r})
-    processing = {{"preprocess": Preprocess(8), "tokenizer": OpenAITokenizer()}}
+    processing = {{"preprocess": Preprocess(8), "tokenizer": OpenAITokenizer(), "augment": Augment()}}
     next(TrainBatches(TrainReader(Mixture(sources, weights, 0, 2), **processing)))
 batch({{"digits": {{}}, "folder": {{"path": {str(tmp_path)!r}}}}})
 assert "tensorflow_datasets" not in sys.modules
