@@ -2,12 +2,12 @@
 
     python -m benchmarks.input [--sizes 341x256 512x384 1024x768] [--count 600] [--rounds 3]
 
-Each contestant reads the same JPEGs with their captions from this machine's disk, and gives crops of 224 pixels as
-in the paper (the shorter side resized, a square from anywhere), and tokens. The loader is a small script around the package `webdataset` (install it by
-`pip install --no-deps webdataset`), Pillow, PyTorch and OpenAI's tokenizer; tf.data reads TFRecords with TensorFlow's
-own decoder and resizing, and this project's tokenizer in the graph. Every contestant has a process of its own and takes
-turns with the others; what counts is the CPU time of all its threads, so that a busy machine changes little, in the
-median of the rounds. `raw` decodes and resizes with Pillow, images in memory, in the fastest way that was found.
+Each contestant reads the same JPEGs with their captions from this machine's disk, and gives crops of 224 pixels as in
+the paper (the shorter side resized, a square from anywhere), and tokens. The loader is a small script around
+`webdataset` (pip install --no-deps webdataset), Pillow, PyTorch and OpenAI's tokenizer; tf.data reads TFRecords with
+TensorFlow's own decoder and resizing, and this project's tokenizer in the graph. Every contestant has a process of its
+own and takes turns with the others; what counts is the CPU time of all its threads, so that a busy machine changes
+little, in the median of the rounds. `raw` decodes and resizes with Pillow, images in memory, in the fastest way found.
 """
 
 import argparse

@@ -98,7 +98,7 @@ class ShardsConfig(SourceConfig):
     caption_field: str = option("", "its caption; empty for txt, caption or text")
     label_field: str = option("", "its label; empty for cls or label")
     block: int = option(128, "neighbouring samples that are read together; 1 mixes all samples and reads them singly")
-    window: int = option(32, "blocks whose samples are mixed; block * window * lanes samples are open at a time")
+    window: int = option(128, "blocks whose samples are mixed; block * window * lanes samples are open at a time")
     lanes: int = option(8, "parts of a batch that read blocks of their own; best a multiple of the number of hosts")
     index_dir: str = option("", "where indexes are kept; empty for beside the shards, or the cache", may_change=True)
 

@@ -187,4 +187,4 @@ def test_mistakes_are_named(fields, message):
 
 def test_windows_are_part_of_the_source():
     source = source_config("tar", {"path": "x"})
-    assert Windows(source.block, source.window, source.lanes) == Windows(128, 32, 8)
+    assert Windows(source.block, source.window, source.lanes) == Windows(128, 128, 8)
