@@ -53,7 +53,7 @@ def zero_shot_evaluation(config: Any, training: Any) -> Any:
     from clip_jax.evaluation.zero_shot import make_encoders, zero_shot
 
     encoders = make_encoders(training.model, training.partitioner)
-    datasets = [evaluation_set(name, config.data_dir) for name in config.eval_datasets]
+    datasets = [evaluation_set(name, config.access) for name in config.eval_datasets]
 
     def evaluate(state: Any) -> dict[str, float]:
         results = {dataset.name: zero_shot(encoders, state.variables, dataset, progress=False) for dataset in datasets}

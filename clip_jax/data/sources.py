@@ -5,12 +5,13 @@ A new kind costs one class and its line in `SOURCES`.
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+from clip_jax.data.access import Access
 from clip_jax.data.digits import Digits
 from clip_jax.data.example import Cached, Source
-from clip_jax.data.folder import CaptionedFolder
+from clip_jax.data.folder import open_folder
 from clip_jax.errors import UserError
 from clip_jax.options import from_dict, option
 
@@ -25,8 +26,8 @@ class SourceConfig:
         if not 0 < self.weight < math.inf:
             raise UserError(f"weight must be above 0, got {self.weight}")
 
-    def open(self, data_dir: str) -> Source:
-        """The data; `data_dir` is where TFDS keeps its data sets, "" its own default."""
+    def open(self, access: Access) -> Source:
+        """The data that the fields describe."""
         raise NotImplementedError
 
 
@@ -36,10 +37,10 @@ class ShapesConfig(SourceConfig):
 
     split: str = option("train", "train, validation or held_out")
 
-    def open(self, data_dir: str) -> Source:
+    def open(self, access: Access) -> Source:
         from clip_jax.data import shapes, tfds_source  # import TFDS
 
-        return Cached(tfds_source.TfdsSource(shapes.prepared_builder(data_dir), self.split))
+        return Cached(tfds_source.TfdsSource(shapes.prepared_builder(access.data_dir), self.split))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,28 +49,29 @@ class DigitsConfig(SourceConfig):
 
     split: str = option("train", "train or test")
 
-    def open(self, data_dir: str) -> Source:
+    def open(self, access: Access) -> Source:
         return Digits(self.split)
 
 
 @dataclass(frozen=True, kw_only=True)
 class FolderConfig(SourceConfig):
-    """Images in a folder, each with its captions in a text file beside it."""
+    """Images in a folder, with captions in text files beside them, or with one sub-folder for each class."""
 
     path: str = option(help="of the folder")
+    templates: tuple[str, ...] = option((), "captions of class folders, as 'a photo of a {}.'; empty for text files")
 
     def __post_init__(self):
         super().__post_init__()
         if not self.path:
             raise UserError("path is empty; name the folder, as in --config.data.folder.path=PATH")
 
-    def open(self, data_dir: str) -> Source:
-        return CaptionedFolder(self.path)
+    def open(self, access: Access) -> Source:
+        return open_folder(self.path, self.templates)
 
 
 @dataclass(frozen=True, kw_only=True)
 class TfdsConfig(SourceConfig):
-    """A TensorFlow Datasets data set that is prepared as array records."""
+    """A TensorFlow Datasets data set, prepared by TFDS where it is missing."""
 
     name: str = option(help="as TFDS spells it, such as coco_captions/2017")
     split: str = option("train", "one of its splits, or a slice of one, such as train[:90%]")
@@ -78,10 +80,11 @@ class TfdsConfig(SourceConfig):
     caption_field: str = option("", "its field with the captions; empty for the one called captions, caption or text")
     label_field: str = option("", "its field with the labels; empty for the one called label")
 
-    def open(self, data_dir: str) -> Source:
-        from clip_jax.data import tfds_source  # imports TFDS
+    def open(self, access: Access) -> Source:
+        from clip_jax.data import tfds_builder, tfds_source  # import TFDS
 
-        builder = tfds_source.open_builder(self.name, self.data_dir or data_dir)
+        own = replace(access, data_dir=self.data_dir or access.data_dir)
+        builder = tfds_builder.open_builder(self.name, own)
         return tfds_source.TfdsSource(builder, self.split, self.image_field, self.caption_field, self.label_field)
 
 
@@ -93,12 +96,12 @@ SOURCES: dict[str, type[SourceConfig]] = {
 }
 
 
-def make_sources(config: Mapping[str, Any], data_dir: str = "") -> tuple[tuple[Source, ...], tuple[float, ...]]:
+def make_sources(config: Mapping[str, Any], access: Access = Access()) -> tuple[tuple[Source, ...], tuple[float, ...]]:
     """Build the sources that a training run mixes.
 
     Args:
       config: from the name of each source to its fields: `{"shapes": {"weight": 3.0}, "digits": {}}`.
-      data_dir: where TFDS keeps its data sets; "" is TFDS's own default, which `TFDS_DATA_DIR` sets.
+      access: where TFDS keeps its data sets, and whether it may fetch missing ones.
 
     Returns:
       the sources and their weights.
@@ -109,7 +112,7 @@ def make_sources(config: Mapping[str, Any], data_dir: str = "") -> tuple[tuple[S
     if not config:
         raise UserError(f"data names no source: expected at least one of {', '.join(SOURCES)}")
     configs = {name: source_config(name, config[name]) for name in sorted(config)}  # the order decides the stream
-    sources = {name: source.open(data_dir) for name, source in configs.items()}
+    sources = {name: source.open(access) for name, source in configs.items()}
     for name, source in sources.items():
         if not source[0].captions:
             raise UserError(f"data.{name} has no captions to train on; name their field in caption_field")

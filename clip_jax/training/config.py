@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 
+from clip_jax.data.access import Access
 from clip_jax.data.sources import source_config
 from clip_jax.errors import UserError
 from clip_jax.losses import LOSSES
@@ -23,7 +24,7 @@ class RunConfig:
     name: str = option(help="of the model in reports and plans; evaluation takes official weights of this name")
     model: CLIPConfig = option(help="the architecture: its fields, or an official name such as ViT-B/32")
     data: Mapping[str, Mapping[str, Any]] = option({}, "sources to train on by name, each with its fields and a weight")
-    data_dir: str = option("", "where prepared data sets are; empty for TFDS's own default", may_change=True)
+    access: Access = inline(Access())
     eval_datasets: tuple[str, ...] = option((), "what evaluation measures", may_change=True)
     seed: int = option(0, "of the first weights and of the order of the data")
     batch_size: int = option(32_768, "examples in a step, over all devices")

@@ -42,7 +42,7 @@ def run(config: RunConfig, workdir: str, make_evaluate: MakeEvaluate | None = No
     training = make_training(config)
     training.partitioner.check_batch_size(config.batch_size, config.microbatches, jax.process_count())
     train_step = make_train_step(training)
-    sources, weights = make_sources(config.data, config.data_dir)
+    sources, weights = make_sources(config.data, config.access)
     tokenizer = make_tokenizer(config.model.text)
     evaluate = make_evaluate(config, training) if make_evaluate else None
     on_first_process(lambda: make_workdir(workdir))
