@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from clip_jax.data import tables
 from clip_jax.data.access import Access
 from clip_jax.data.digits import Digits
 from clip_jax.data.example import Cached, Source
@@ -70,6 +71,41 @@ class FolderConfig(SourceConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
+class TableConfig(SourceConfig):
+    """What the sources of tables have."""
+
+    path: str = option(help="of the files: braces, as in {00000..00099}, and * are expanded; gs:// and s3:// too")
+    image_column: str = option("", "images, as bytes or paths; empty for the usual names, such as image and filepath")
+    caption_column: str = option("", "text, or lists of texts; empty for caption, captions, text or title")
+    label_column: str = option("", "classes, as text or whole numbers; empty for none")
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not self.path:
+            raise UserError("path is empty; name the files, as in 'tables/*.parquet'")
+
+    def columns(self) -> tables.Columns:
+        """What is what."""
+        return tables.Columns(self.image_column, self.caption_column, self.label_column)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParquetConfig(TableConfig):
+    """Parquet files with captions, and with images or their paths."""
+
+    def open(self, access: Access) -> Source:
+        return tables.open_parquet(self.path, self.columns())
+
+
+@dataclass(frozen=True, kw_only=True)
+class CsvConfig(TableConfig):
+    """CSV or TSV files with captions and the paths of images."""
+
+    def open(self, access: Access) -> Source:
+        return tables.open_csv(self.path, self.columns())
+
+
+@dataclass(frozen=True, kw_only=True)
 class TfdsConfig(SourceConfig):
     """A TensorFlow Datasets data set, prepared by TFDS where it is missing."""
 
@@ -92,6 +128,8 @@ SOURCES: dict[str, type[SourceConfig]] = {
     "shapes": ShapesConfig,
     "digits": DigitsConfig,
     "folder": FolderConfig,
+    "parquet": ParquetConfig,
+    "csv": CsvConfig,
     "tfds": TfdsConfig,
 }
 
