@@ -60,14 +60,21 @@ class CsvRows:
         return self._starts[-1]
 
     def __getitem__(self, index: int) -> Row:
-        number = bisect_right(self._starts, index) - 1
-        part, inside = self._parts[number], index - self._starts[number]
-        cells = {name: part.table.column(name)[inside] for name in self._columns}
-        return Row(part.path, part.numbers[inside], cells)
+        part, inside = self._located(index)
+        return {name: part.table.column(name)[inside] for name in self._columns}
+
+    def where(self, index: int) -> tuple[str, int]:
+        """The file of a row, and its number there, the header's being 1."""
+        part, inside = self._located(index)
+        return part.path, part.numbers[inside]
 
     def distinct(self, column: str) -> list[Any]:
         """The values of a column."""
         return list({value for part in self._parts for value in part.table.column(column).unique().to_pylist()})
+
+    def _located(self, index: int) -> tuple[_Part, int]:
+        number = bisect_right(self._starts, index) - 1
+        return self._parts[number], index - self._starts[number]
 
 
 def read_header(path: str) -> list[str]:

@@ -27,7 +27,10 @@ class Example:
 
 @runtime_checkable
 class Source(Protocol):
-    """A finite data set with random access, safe to read from several threads at once.
+    """A finite data set with random access, safe to read from several threads at once; pickled for other processes.
+
+    A source may also have `where(index)` (words for the file and offset of an example), `windows` (how its examples are
+    shuffled if not altogether) and `damage` (what it found broken when it was opened).
 
     Attributes:
       name: what messages call it.
@@ -49,6 +52,11 @@ class LabelledSource(Source, Protocol):
     """
 
     class_names: tuple[str, ...]
+
+
+def where(source: Source, index: int) -> str:
+    """Where an example is, for messages: what the source says (`where`), or its number."""
+    return source.where(index) if hasattr(source, "where") else f"{source.name}, example {index}"
 
 
 class Cached:

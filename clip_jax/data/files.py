@@ -49,6 +49,21 @@ def find(pattern: str) -> list[File]:
     return [files[path] for path in sorted(files)]
 
 
+def one(path: str) -> File:
+    """The file of a path, in which no character has a special meaning.
+
+    Raises:
+      UserError: it is missing.
+    """
+    if not is_remote(path):
+        return _local(path, magic=False)[0]
+    try:
+        with reachable(path):
+            return _remote(path, file_system(path).info(path))
+    except OSError as error:
+        raise UserError(f"{path} cannot be opened: {error}") from error
+
+
 def is_remote(path: str) -> bool:
     """Whether a path is a URL, of a bucket for instance."""
     return "://" in path
@@ -76,14 +91,19 @@ def read(path: str, offset: int = 0, size: int | None = None) -> bytes:
     if is_remote(path):
         with reachable(path):
             return file_system(path).cat_file(path, start=offset, end=None if size is None else offset + size)
-    status = os.stat(path)
-    descriptor = _descriptor(path, status.st_ino, status.st_mtime_ns)
-    wanted = status.st_size - offset if size is None else size
+    descriptor, length = _open(path)
+    wanted = length - offset if size is None else size
     pieces = []
     while wanted > 0 and (piece := os.pread(descriptor.number, wanted, offset)):
         pieces.append(piece)
         offset, wanted = offset + len(piece), wanted - len(piece)
     return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+
+def will_read(path: str, offset: int, size: int) -> None:
+    """Let the system begin to fetch a range of a file that is here."""
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(_open(path)[0].number, offset, size, os.POSIX_FADV_WILLNEED)
 
 
 def write(path: str, content: bytes) -> None:
@@ -183,6 +203,12 @@ class _Descriptor:
     def __del__(self):
         if hasattr(self, "number"):
             os.close(self.number)
+
+
+def _open(path: str) -> tuple[_Descriptor, int]:
+    """A file that is here, and its size."""
+    status = os.stat(path)
+    return _descriptor(path, status.st_ino, status.st_mtime_ns), status.st_size
 
 
 @functools.lru_cache(_OPEN_FILES)

@@ -18,25 +18,12 @@ from clip_jax.data.files import File
 MAX_GROUP = 2**31  # bytes of a row group's wanted columns, decoded
 CACHED = 2**30  # bytes of decoded row groups that are kept, the one in use apart
 
+Row = dict[str, pa.Scalar]  # the cells of the wanted columns
+
 _MAGIC = b"PAR1"
 _BATCH = 1024  # rows that are decoded in one go
 _FOOTERS_AT_ONCE = 16
 _REFUSALS = (pa.ArrowException, OSError, LookupError, UnicodeDecodeError)  # what damaged files make pyarrow raise
-
-
-@dataclass(frozen=True)
-class Row:
-    """One row of a table.
-
-    Attributes:
-      path: of its file.
-      number: its place in the file, as messages give it.
-      cells: those of the wanted columns, by name.
-    """
-
-    path: str
-    number: int
-    cells: dict[str, pa.Scalar]
 
 
 @dataclass(frozen=True)
@@ -73,6 +60,7 @@ class ParquetRows:
       columns: those that are wanted; no others are read.
 
     Attributes:
+      file_starts: the number of the first row of each file; last, that of all rows.
       group_size: rows of the largest row group.
     """
 
@@ -82,7 +70,8 @@ class ParquetRows:
         sizes = np.array([rows for footer in footers for rows in footer.groups], np.int64)
         self._starts = np.concatenate([[0], np.cumsum(sizes)])
         self._files = np.repeat(np.arange(len(footers)), [len(footer.groups) for footer in footers])
-        self._first_group = np.searchsorted(self._files, np.arange(len(footers)))
+        self._first_group = np.searchsorted(self._files, np.arange(len(footers) + 1))
+        self.file_starts = self._starts[self._first_group]
         self._decoded = _Kept(self._decode)
         self.group_size = int(sizes.max(initial=0))
 
@@ -90,12 +79,14 @@ class ParquetRows:
         return int(self._starts[-1])
 
     def __getitem__(self, index: int) -> Row:
-        group = int(np.searchsorted(self._starts, index, "right")) - 1
-        file = self._files[group]
-        table = self._decoded[group]
-        inside = index - int(self._starts[group])
-        number = index - int(self._starts[self._first_group[file]])
-        return Row(self._paths[file], number, {name: table.column(name)[inside] for name in self._columns})
+        group = self._group_of(index)
+        table, inside = self._decoded[group], index - int(self._starts[group])
+        return {name: table.column(name)[inside] for name in self._columns}
+
+    def where(self, index: int) -> tuple[str, int]:
+        """The file of a row, and its number there, from 0."""
+        file = self._files[self._group_of(index)]
+        return self._paths[file], index - int(self.file_starts[file])
 
     def distinct(self, column: str) -> list[Any]:
         """The values of a column, which is read whole."""
@@ -104,6 +95,13 @@ class ParquetRows:
             with naming(path), _opened(path) as source:
                 values.update(pq.read_table(source, columns=[column]).column(0).unique().to_pylist())
         return list(values)
+
+    def group_bytes(self, index: int) -> int:
+        """The memory that the row group of a row takes."""
+        return self._decoded[self._group_of(index)].nbytes
+
+    def _group_of(self, index: int) -> int:
+        return int(np.searchsorted(self._starts, index, "right")) - 1
 
     def _decode(self, group: int) -> pa.Table:
         """The wanted columns of a row group."""

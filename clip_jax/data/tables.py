@@ -1,6 +1,8 @@
 """`parquet` and `csv`: tables whose rows hold a caption, and an image or the path of one."""
 
+import logging
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -12,8 +14,11 @@ from clip_jax.data.damage import Damaged, naming
 from clip_jax.data.delimited import CsvRows, read_header
 from clip_jax.data.example import Example
 from clip_jax.data.files import File
-from clip_jax.data.parquet import ParquetRows, Row, read_footers
+from clip_jax.data.order import Windows
+from clip_jax.data.parquet import CACHED, ParquetRows, Row, read_footers
 from clip_jax.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 # What is taken where a configuration names no column, in capitals or not.
 _IMAGES = ("image", "jpg", "png", "path", "filepath", "image_path", "file_name")
@@ -72,6 +77,8 @@ class Rows(Protocol):
 
     def __getitem__(self, index: int) -> Row: ...
 
+    def where(self, index: int) -> tuple[str, int]: ...
+
     def distinct(self, column: str) -> list[Any]: ...
 
 
@@ -86,15 +93,18 @@ class Table:
       rows: of all files.
       columns: what is what.
       damage: what was found when the files were opened.
+      windows: how its examples are shuffled; None mixes all of them.
 
     Attributes:
       class_names: the texts of the label column in alphabetical order; empty where labels are whole numbers.
     """
 
-    def __init__(self, name: str, rows: Rows, columns: Columns, damage: tuple[Damaged, ...]):
+    def __init__(
+        self, name: str, rows: Rows, columns: Columns, damage: tuple[Damaged, ...], windows: Windows | None = None
+    ):
         if not len(rows):
             raise UserError(f"{name} has no row" + (f"; {damage[0]}" if damage else ""))
-        self.name, self.damage = name, damage
+        self.name, self.damage, self.windows = name, damage, windows
         self._rows, self._columns = rows, columns
         self.class_names = _class_names(rows, columns.label) if columns.label else ()
         self._labels = {name: number for number, name in enumerate(self.class_names)}
@@ -104,18 +114,22 @@ class Table:
 
     def __getitem__(self, index: int) -> Example:
         row = self._rows[index]
-        where = f"{row.path}, row {row.number}"
-        with naming(where):
-            return Example(self._image(row), self._captions(row), self._label(row), key=where)
+        image = self._image(row, self._rows.where(index)[0])
+        return Example(image, self._captions(row), self._label(row), key=self.where(index))
 
-    def _image(self, row: Row) -> bytes:
+    def where(self, index: int) -> str:
+        """The file that an example is in, and its row there."""
+        path, number = self._rows.where(index)
+        return f"{path}, row {number}"
+
+    def _image(self, row: Row, table: str) -> bytes:
         cell = _value(row, self._columns.image, "image")
         if isinstance(cell, dict):
             cell = cell.get("bytes") or cell.get("path")
         if not cell or not isinstance(cell, bytes | str):
             raise Damaged("image", f"expected bytes or a path in {self._columns.image}, got {cell!r:.40}")
         if isinstance(cell, str):
-            return read_file(_located(cell, row.path), "image")
+            return read_file(_located(cell, table), "image")
         if len(cell) > MAX_BYTES:
             raise Damaged("too_large", f"the image has over {MAX_BYTES} bytes")
         return cell
@@ -144,12 +158,14 @@ class Table:
             raise Damaged("unreadable", f"{self._columns.label}: {cell!r:.40} is no label") from error
 
 
-def open_parquet(path: str, columns: Columns) -> Table:
-    """The rows of Parquet files.
+def open_parquet(path: str, columns: Columns, window: int, lanes: int) -> Table:
+    """The rows of Parquet files, shuffled in blocks of the size of a row group.
 
     Args:
       path: a pattern, see `files.find`.
       columns: what is what.
+      window: blocks whose rows are mixed.
+      lanes: parts of a batch that read blocks of their own.
 
     Raises:
       UserError: no file is found or none can be read, or a column is missing.
@@ -164,7 +180,10 @@ def open_parquet(path: str, columns: Columns) -> Table:
         for footer in footers
         if footer not in whole
     ]
-    return Table(path, ParquetRows(whole, columns.used()), columns, (*damage, *lacking))
+    rows = ParquetRows(whole, columns.used())
+    windows = Windows(max(1, rows.group_size), window, lanes)
+    _warn_of_large_groups(path, rows, window * lanes)
+    return Table(path, rows, columns, (*damage, *lacking), windows)
 
 
 def open_csv(path: str, columns: Columns) -> Table:
@@ -181,6 +200,22 @@ def open_csv(path: str, columns: Columns) -> Table:
     columns = columns.found_in(*_first_header(found))
     rows = CsvRows(found, columns.used())
     return Table(path, rows, columns, rows.damage)
+
+
+def _warn_of_large_groups(path: str, rows: ParquetRows, count: int) -> None:
+    """Say when the row groups that are in use at a time are more than are kept."""
+    with suppress(Damaged):
+        size = rows.group_bytes(0) if len(rows) > count * rows.group_size else 0
+        if size * count > CACHED:
+            logger.warning(
+                "%s: a row group takes %.0f MiB, window * lanes = %d of them are in use at a time, and %.0f MiB are "
+                "kept, so that they are decoded again and again: write the files with fewer rows in a row group, or "
+                "lower window or lanes",
+                path,
+                size / 2**20,
+                count,
+                CACHED / 2**20,
+            )
 
 
 def _first_header(found: Sequence[File]) -> tuple[list[str], str]:
@@ -203,7 +238,7 @@ def _class_names(rows: Rows, column: str) -> tuple[str, ...]:
 def _value(row: Row, column: str, reason: str) -> Any:
     """A cell as Python's value."""
     try:
-        return row.cells[column].as_py()
+        return row[column].as_py()
     except UnicodeDecodeError as error:
         raise Damaged(reason, f"{column} is not UTF-8 text (byte {error.start})") from error
     except pa.ArrowException as error:  # it refers to what the file does not hold

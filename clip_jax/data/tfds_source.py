@@ -1,15 +1,14 @@
 """`tfds`: any TensorFlow Datasets data set that is prepared, read without TensorFlow."""
 
 from collections.abc import Iterator
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import tensorflow_datasets as tfds  # brings no TensorFlow along as long as nothing is prepared
-from array_record.python.array_record_data_source import ArrayRecordDataSource
-from tensorflow_datasets.core.file_adapters import FileFormat
 
 from clip_jax.data.checked import decoded_captions
 from clip_jax.data.example import Example
 from clip_jax.data.tfds_builder import preparation
+from clip_jax.data.tfds_records import OPENERS, Records
 from clip_jax.errors import UserError
 
 Path = tuple[str, ...]
@@ -21,15 +20,6 @@ _USUAL_NAMES = {
 }
 
 
-@runtime_checkable
-class Records(Protocol):
-    """The serialised examples of a split."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int) -> bytes: ...
-
-
 class TfdsSource:
     """One split of a prepared data set.
 
@@ -39,6 +29,7 @@ class TfdsSource:
     Attributes:
       name: the data set's full name and the split.
       class_names: the names of the classes, empty where there is no label.
+      damage: what is wrong with the files, as far as opening them shows.
     """
 
     def __init__(
@@ -62,6 +53,7 @@ class TfdsSource:
         for key in reversed(self._image):
             self._decoders = {key: self._decoders}
         self._records = _open_split(builder, split)
+        self.damage = getattr(self._records, "damage", ())
 
     def __len__(self) -> int:
         return len(self._records)
@@ -87,12 +79,13 @@ def _open_split(builder: tfds.core.DatasetBuilder, split: str) -> Records:
         raise UserError(f"{name} has no split {split!r}; it has {known}, and slices as train[:90%]") from error
     if not parts or any(part.take < 1 for part in parts):
         raise UserError(f"{name} has no example in {split!r}")
-    if form == FileFormat.ARRAY_RECORD:
-        return ArrayRecordDataSource(parts)
-    raise UserError(
-        f"{name} is prepared as {form.value}, expected array_record, tfrecord or parquet: "
-        f"delete {builder.data_dir} and run {_preparation(builder)}"
-    )
+    if form not in OPENERS:
+        known = ", ".join(known.value for known in OPENERS)
+        raise UserError(
+            f"{name} is prepared as {form.value}, expected one of {known}: delete {builder.data_dir} and run "
+            f"{_preparation(builder)}"
+        )
+    return OPENERS[form](parts)
 
 
 def _preparation(builder: tfds.core.DatasetBuilder) -> str:

@@ -48,7 +48,7 @@ def test_digits_captions_name_the_digit():
     ("config", "message"),
     [
         ({}, "names no source"),
-        ({"shaeps": {}}, "unknown data source 'shaeps'; known are shapes, digits, folder, tfds"),
+        ({"shaeps": {}}, "unknown data source 'shaeps'; known are shapes, digits, folder, "),
         ({"digits": {"split": "validation"}}, "train and test, got 'validation'"),
         ({"digits": {"wieght": 2.0}}, "data.digits has no field 'wieght'; did you mean weight"),
         ({"digits": {"weight": "much"}}, "data.digits: weight must be of type float, like 0.1; got 'much'"),
@@ -82,14 +82,15 @@ def test_digits_folders_and_shapes_need_no_tensorflow(tmp_path, data_dir):
     program = f"""
 import sys
 from clip_jax.data.access import Access
-from clip_jax.data.pipeline import train_batches
+from clip_jax.data.pipeline import TrainBatches
+from clip_jax.data.reader import Mixture, TrainReader
 from clip_jax.data.sources import make_sources
-from clip_jax.processing import Preprocess
+from clip_jax.processing import Augment, Preprocess
 from clip_jax.processing.tokenizers import OpenAITokenizer
 def batch(config):
     sources, weights = make_sources(config, Access({data_dir!r}))
-    processing = {{"preprocess": Preprocess(8), "tokenizer": OpenAITokenizer()}}
-    next(train_batches(sources, weights, seed=0, batch_size=2, **processing))
+    processing = {{"preprocess": Preprocess(8), "tokenizer": OpenAITokenizer(), "augment": Augment()}}
+    next(TrainBatches(TrainReader(Mixture(sources, weights, 0, 2), **processing)))
 batch({{"digits": {{}}, "folder": {{"path": {str(tmp_path)!r}}}}})
 assert "tensorflow_datasets" not in sys.modules
 batch({{"shapes": {{}}}})

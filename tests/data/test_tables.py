@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from clip_jax.data import checked, parquet
-from clip_jax.data.damage import Damaged
+from clip_jax.data.damage import Damaged, naming
 from clip_jax.data.sources import make_sources
 from clip_jax.errors import UserError
 from clip_jax.processing.images import open_image
@@ -39,7 +39,7 @@ def open_table(kind, path, **fields):
 
 def reason(source, index):
     """Why an example cannot be read, and what the message says."""
-    with pytest.raises(Damaged) as error:
+    with pytest.raises(Damaged) as error, naming(source.where(index)):
         source[index]
     return error.value.reason, str(error.value)
 
@@ -220,7 +220,7 @@ def make_table(path):
     """A table whose first row may be damaged."""
     from clip_jax.data.tables import Columns, open_parquet
 
-    return open_parquet(str(path), Columns())
+    return open_parquet(str(path), Columns(), window=4, lanes=8)
 
 
 def test_damaged_parquet_files_are_listed_and_the_others_read(tmp_path):

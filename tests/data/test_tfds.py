@@ -3,6 +3,7 @@
 import logging
 import os
 import pickle
+import re
 import shutil
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import pytest
 
 from clip_jax import cli
 from clip_jax.data.access import Access
+from clip_jax.data.damage import Damaged
 from clip_jax.data.sources import make_sources
 from clip_jax.errors import UserError
 from clip_jax.processing.images import open_image
@@ -165,12 +167,78 @@ def test_the_command_of_a_message_runs_as_printed(tmp_path, name):
     assert open_tfds({"name": name}, data_dir)[0].captions
 
 
+@pytest.fixture(scope="module")
+def formats(tmp_path_factory):
+    """One data set as TFDS prepares it in each format, in several files."""
+    import tensorflow_datasets as tfds
+
+    from tests.tiny_photos import TinyPhotos
+
+    folders = {name: tmp_path_factory.mktemp(name) for name in ("array_record", "tfrecord", "parquet")}
+    for name, folder in folders.items():
+        config = tfds.download.DownloadConfig(num_shards=3)
+        TinyPhotos(data_dir=str(folder), file_format=name).download_and_prepare(download_config=config)
+    return folders
+
+
+@pytest.mark.parametrize(
+    ("split", "size"),
+    [("train", 10), ("test", 4), ("train[:50%]", 5), ("train[1:3]", 2), ("train[-4:-1]", 3), ("train+test", 14)],
+)
+def test_formats_and_slices_give_the_same_examples(formats, split, size):
+    read = {name: open_tfds({"name": "tiny_photos", "split": split}, folder) for name, folder in formats.items()}
+    examples = {name: [source[index] for index in range(len(source))] for name, source in read.items()}
+    assert examples["tfrecord"] == examples["array_record"] == examples["parquet"]
+    assert len(examples["tfrecord"]) == size
+    assert all(source.damage == () for name, source in read.items())
+    if split == "train+test":
+        shades = [np.asarray(open_image(example.image))[0, 0, 0] for example in examples["tfrecord"]]
+        assert sorted(shades[:10]) == list(range(10)) and sorted(shades[10:]) == list(range(4))
+
+
+def test_tfds_default_format_needs_no_tensorflow_to_be_read(formats):
+    program = f"""
+import sys
+from clip_jax.data.access import Access
+from clip_jax.data.damage import Damaged
+from clip_jax.data.sources import make_sources
+for folder in {[str(folder) for folder in formats.values()]}:
+    (source,), _ = make_sources({{"tfds": {{"name": "tiny_photos"}}}}, Access(folder, True))
+    assert len(source) == 10 and source[9].captions
+assert "tensorflow" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-W", "error", "-c", program], check=True)
+
+
+def test_files_with_fewer_examples_than_tfds_wrote_are_noticed(formats, tmp_path):
+    whole = open_tfds({"name": "tiny_photos"}, formats["tfrecord"])
+    shutil.copytree(formats["tfrecord"], tmp_path, dirs_exist_ok=True)
+    second = tmp_path / "tiny_photos/1.0.0/tiny_photos-train.tfrecord-00001-of-00003"
+    content = bytearray(second.read_bytes())
+    second.write_bytes(content[:-5])
+    source = open_tfds({"name": "tiny_photos"}, tmp_path)
+    assert [item.reason for item in source.damage] == ["cut", "cut"]
+    assert re.search(r"00001-of-00003 holds 3 examples, where TFDS wrote 4", str(source.damage[1]))
+    kept = [source[index] for index in range(len(source))]
+    assert kept == [whole[index] for index in (0, 1, 2, 3, 4, 5, 7, 8, 9)]
+    content[40] ^= 1
+    second.write_bytes(content)
+    source = open_tfds({"name": "tiny_photos"}, tmp_path)
+    assert source.damage == ()
+    with pytest.raises(Damaged, match=r"00001-of-00003, offset 0: .*checksum") as error:
+        source[3]
+    assert error.value.reason == "checksum"
+    second.unlink()
+    with pytest.raises(UserError, match="00001-of-00003 cannot be opened"):
+        open_tfds({"name": "tiny_photos"}, tmp_path)
+
+
 def test_another_format_says_how_to_prepare(photos_dir, tmp_path):
     shutil.copytree(photos_dir, tmp_path, dirs_exist_ok=True)
     info = tmp_path / "tiny_photos/1.0.0/dataset_info.json"
     info.write_text(info.read_text().replace("array_record", "riegeli"))
     message = (
-        "tiny_photos/1.0.0 is prepared as riegeli, expected array_record, tfrecord or parquet: delete "
+        "tiny_photos/1.0.0 is prepared as riegeli, expected one of array_record, tfrecord, parquet: delete "
         f"{tmp_path}/tiny_photos/1.0.0 and run python -c 'import tensorflow_datasets as tfds; tfds.builder("
         f'"tiny_photos:1.0.0", file_format="array_record", data_dir="{tmp_path}").download_and_prepare()\''
     )
@@ -179,10 +247,11 @@ def test_another_format_says_how_to_prepare(photos_dir, tmp_path):
     assert str(error.value) == message
 
 
-def test_a_source_travels_to_other_processes(photos_dir):
-    source = open_tfds({"name": "tiny_photos", "split": "train[3:7]"}, photos_dir)
-    copy = pickle.loads(pickle.dumps(source))
-    assert [copy[index] for index in range(4)] == [source[index] for index in range(4)]
+def test_a_source_travels_to_other_processes(formats):
+    for folder in formats.values():
+        source = open_tfds({"name": "tiny_photos", "split": "train[3:7]"}, folder)
+        copy = pickle.loads(pickle.dumps(source))
+        assert [copy[index] for index in range(4)] == [source[index] for index in range(4)]
 
 
 def test_offline_is_a_flag_of_the_scripts_and_an_option_of_a_run():
