@@ -65,7 +65,7 @@ def check_data(config: Any) -> None:
     from clip_jax.data.check import check
     from clip_jax.data.sources import make_sources
 
-    sources, _ = make_sources(config.data, config.data_dir)
+    sources, _ = make_sources(config.data, config.access)
     results = check(sources)
     for result in results:
         print("\n".join(result.lines()))
