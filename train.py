@@ -65,7 +65,7 @@ def check_data(config: Any) -> None:
     from clip_jax.data.check import check
     from clip_jax.data.sources import make_sources
 
-    sources, _ = make_sources(config.data, config.data_dir)
+    sources, _ = make_sources(config.data, config.access)
     results = check(sources)
     for result in results:
         print("\n".join(result.lines()))
@@ -80,7 +80,7 @@ def zero_shot_evaluation(config: Any, training: Any) -> Any:
     from clip_jax.evaluation.zero_shot import make_encoders, zero_shot
 
     encoders = make_encoders(training.model, training.partitioner)
-    datasets = [evaluation_set(name, config.data_dir) for name in config.eval_datasets]
+    datasets = [evaluation_set(name, config.access) for name in config.eval_datasets]
 
     def evaluate(state: Any) -> dict[str, float]:
         results = {dataset.name: zero_shot(encoders, state.variables, dataset, progress=False) for dataset in datasets}

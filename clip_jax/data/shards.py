@@ -65,7 +65,7 @@ class Shards:
     """The samples of many shards, as bytes, numbered from 0 in the order of the shards.
 
     Args:
-      pattern: of their paths, such as `shards/{00000..00099}.tar`.
+      shards: in their order, as `files.find` gives them.
       scan: finds the samples of a shard: `tar.scan` or `tfrecord.scan`.
       index_dir: where indexes are kept; "" for beside the shards, or the cache.
 
@@ -73,18 +73,18 @@ class Shards:
       damage: what is wrong with the shards.
 
     Raises:
-      UserError: no shard is found, or one cannot be read, or none has a sample.
+      UserError: one cannot be read, or none has a sample.
     """
 
-    def __init__(self, pattern: str, scan: Scan, index_dir: str = ""):
-        self._shards = files.find(pattern)
+    def __init__(self, shards: Sequence[File], scan: Scan, index_dir: str = ""):
+        self._shards = shards
         self._scan, self._index_dir = scan, index_dir
         counts, damage = _count_all(self._shards, scan, index_dir)
         self.starts = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
         self.damage = damage
         if not len(self):
             first = f"; {damage[0]}" if damage else ""
-            raise UserError(f"{pattern} holds no sample{first}")
+            raise UserError(f"no sample in {len(shards)} shards, of which the first is {shards[0].path}{first}")
         self._recent: OrderedDict[int, Index] = OrderedDict()
         self._lock = Lock()
 
