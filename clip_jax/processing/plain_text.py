@@ -5,10 +5,12 @@ character at a time unless the text
 
 - has a character that is removed or becomes several (control characters, ligatures, "İ");
 - looks like mojibake (`ftfy.badness`), the only thing that makes ftfy try other encodings;
-- has an ampersand at which ftfy or `html.unescape` would see a character reference;
+- has a character reference ("&amp;");
 - may change under Unicode's NFC beyond single characters: one of them may combine with the one before it
   (NFC_Quick_Check=Maybe, https://unicode.org/reports/tr15/#Detecting_Normalization_Forms), or marks are out of order;
 - has a "Σ" that may end a word: its lower case depends on the characters around it.
+
+Texts whose only such trouble is one level of usual references are plain as well: `references` has what replaces them.
 
 Tables and patterns are made from the Python that runs, its `ftfy` and `regex`, so no other library's edition of
 Unicode matters. The patterns are in the syntax of RE2 (https://github.com/google/re2/wiki/Syntax).
@@ -24,9 +26,14 @@ import ftfy
 import ftfy.badness
 import numpy as np
 import regex
+from ftfy import fixes
 from jaxtyping import Int32
 
 from clip_jax.processing import bpe
+
+REFERENCE = fixes.HTML_ENTITY_RE.pattern
+# One "<" in a text keeps ftfy from replacing references; NUL would end a text.
+WITH_REFERENCES = rf"[^<\0]*{REFERENCE}[^<\0]*"
 
 _SEPARATOR = "\ue000"  # for private use: nothing changes it or combines with it
 # All planes of Unicode that have characters, but for those of private use and the surrogates.
@@ -42,13 +49,25 @@ def cleaned_characters() -> dict[str, str]:
     return {character: fixed for character, fixed in changes.items() if fixed in inert and len(fixed.lower()) == 1}
 
 
-def translation(cleaned: Mapping[str, str], lowercase: bool) -> Int32[np.ndarray, "code_points"]:
-    """The table of `cleaned`, lower-cased if wished, from code point to code point; beyond its end nothing changes."""
-    unchanged = np.arange(0x110000, dtype=np.int32)
-    table = unchanged.copy()
-    for character, fixed in cleaned.items():
-        table[ord(character)] = ord(fixed.lower() if lowercase else fixed)
-    return table[: np.flatnonzero(table != unchanged)[-1] + 1]
+def cleaning_table(cleaned: Mapping[str, str]) -> Int32[np.ndarray, "code_points"]:
+    """`cleaned` from code point to code point; beyond the table's end nothing changes."""
+    return _table(cleaned)
+
+
+def final_table(cleaned: Mapping[str, str], lowercase: bool) -> Int32[np.ndarray, "code_points"]:
+    """The same, and lower-cased if wished, and " " for all that lies between the words of `bpe`."""
+    spaces = {*regex.findall(r"\s", "".join(map(chr, _POINTS)))}
+    lowered = {character: fixed.lower() if lowercase else fixed for character, fixed in cleaned.items()}
+    final = {character: " " if fixed in spaces else fixed for character, fixed in lowered.items()}
+    return _table(final)
+
+
+def references() -> dict[str, str]:
+    """What ftfy replaces before all else: all names, and the usual numbers in the usual spellings."""
+    names = {f"&{name}" for name in html.entities.html5 if name.endswith(";")}
+    points = [*range(0x20, 0x7F), *range(0xA0, 0x180), *range(0x2010, 0x2123)]
+    numbers = {f"&#{number};" for i in points for number in (f"{i}", f"{i:03}", f"x{i:x}", f"x{i:X}")}
+    return {reference: fixes.unescape_html(reference) for reference in sorted(names | numbers)}
 
 
 def only_characters(cleaned: Mapping[str, str]) -> str:
@@ -68,6 +87,7 @@ def mojibake() -> str:
 def depends_on_neighbours(cleaned: Mapping[str, str], lowercase: bool) -> str:
     """Matches in what `cleaned` made of a text if cleaning and lower-casing would change it further."""
     names = "|".join(name for name in html.entities.html5 if not name.endswith(";"))
+    # Of a number html.unescape needs no more than one digit, of some names no semicolon.
     reference = rf"&(?:#[0-9]|#[xX][0-9a-fA-F]|[0-9A-Za-z]+;|{names})"
     alternatives = [mojibake(), reference, _marks_out_of_order(cleaned)]
     if lowercase:
@@ -84,11 +104,6 @@ def word() -> str:
     return f"(?i:{fixed})|{letter}+|{number}|{other}+"
 
 
-def space() -> str:
-    """Matches what lies between words."""
-    return _set_of(regex.compile(r"\s")) + "+"
-
-
 def _combining_with_the_left() -> set[str]:
     """Each second half of a character that decomposes into two, and Hangul's vowels and final consonants."""
     halves = (unicodedata.decomposition(chr(point)).split() for point in _POINTS)
@@ -103,6 +118,13 @@ def _marks_out_of_order(cleaned: Mapping[str, str]) -> str:
         by_class.setdefault(unicodedata.combining(character), []).append(character)
     marks = [by_class[number] for number in sorted(by_class) if number]
     return "|".join(_set(second) + _set(first) for first, second in zip(accumulate(marks), marks[1:], strict=False))
+
+
+def _table(translation: Mapping[str, str]) -> Int32[np.ndarray, "code_points"]:
+    changes = {character: other for character, other in translation.items() if other != character}
+    table = np.arange(max(map(ord, changes)) + 1, dtype=np.int32)
+    table[[*map(ord, changes)]] = [*map(ord, changes.values())]
+    return table
 
 
 def _set_of(kind: "re.Pattern | regex.Pattern") -> str:
