@@ -91,7 +91,7 @@ class TfTokenizer(tf.Module):
         """The tokens without a call to Python, and for which texts they are right.
 
         Returns:
-          tokens: int32, (batch, context_length). Of a text that is not plain an approximation: it is cleaned as if plain.
+          tokens: int32, (batch, context_length). Approximate where a text is not plain: it is cleaned as if it were.
           plain: bool, (batch,).
 
         Raises:
