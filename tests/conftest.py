@@ -5,6 +5,7 @@ from pathlib import Path
 
 import jax
 import pytest
+from hypothesis import settings
 
 os.environ["XLA_FLAGS"] = " ".join(
     [
@@ -25,6 +26,11 @@ jax.config.update("jax_default_matmul_precision", "highest")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+# The same examples in every run, on slow machines too.
+settings.register_profile("fixed", derandomize=True, deadline=None, database=None)
+settings.load_profile("fixed")
 
 
 @pytest.fixture(scope="session")

@@ -6,7 +6,6 @@ from pathlib import Path
 
 from clip_jax.data.example import Example
 from clip_jax.errors import UserError
-from clip_jax.processing.images import open_image
 
 _SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 
@@ -30,7 +29,9 @@ class CaptionedFolder:
         return len(self._images)
 
     def __getitem__(self, index: int) -> Example:
-        return Example(open_image(self._images[index]), _read_captions(self._texts[index]))
+        return Example(
+            self._images[index].read_bytes(), _read_captions(self._texts[index]), key=str(self._images[index])
+        )
 
 
 class LabelledFolder:
@@ -55,7 +56,8 @@ class LabelledFolder:
         return len(self._images)
 
     def __getitem__(self, index: int) -> Example:
-        return Example(open_image(self._images[index]), label=self._labels[index])
+        image = self._images[index]
+        return Example(image.read_bytes(), label=self._labels[index], key=str(image))
 
 
 def _find_images(path: str) -> list[Path]:

@@ -5,69 +5,138 @@ global order (`clip_jax.data.order`), whatever the number of hosts. So there is 
 """
 
 import collections
-import contextlib
 import dataclasses
-import functools
-import itertools
+import logging
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
-from jaxtyping import Int32, Int64, UInt8
 
-from clip_jax.data.example import Example, Source
-from clip_jax.data.order import mixture_index, sample_generator, sample_index
+from clip_jax.data.damage import Damaged, counted, naming
+from clip_jax.data.delivery import Batch, make_delivery
+from clip_jax.data.example import Source, where
+from clip_jax.data.reader import TrainReader
 from clip_jax.errors import UserError
-from clip_jax.processing import Preprocess, Tokenizer
+from clip_jax.options import option
+from clip_jax.processing import Preprocess
+from clip_jax.processing.images import open_image
 
-Batch = dict[str, np.ndarray]
+logger = logging.getLogger(__name__)
 
-_CHUNK = 32  # samples that one thread reads in one go
+_CHUNK = 32  # samples that one thread reads in one go, for evaluation
 _BATCHES_AHEAD = 2
-_CACHED_TEXTS = 2**16  # all captions of the embedded data sets
+_FEW = 10  # damaged samples that no run stops for
 
 
-def train_batches(
-    sources: Sequence[Source],
-    weights: Sequence[float],
-    *,
-    seed: int,
-    batch_size: int,
-    preprocess: Preprocess,
-    tokenizer: Tokenizer,
-    start_step: int = 0,
-    process_index: int = 0,
-    process_count: int = 1,
-) -> Iterator[Batch]:
-    """The batches of steps start_step, start_step + 1, … without end, this host's share of them.
+@dataclasses.dataclass(frozen=True)
+class InputConfig:
+    """How training data is read; nothing of it changes what undamaged data gives."""
+
+    data_processes: int = option(
+        0, "processes that read and decode on each host; 0 for threads of this one, enough for 2 to 4 cores", True
+    )
+    on_damage: str = option("stop", "stop at the first damaged sample, or skip it: another one takes its place", True)
+    max_damaged: float = option(0.01, "the share of damaged samples at which a run that skips them stops", True)
+
+    def __post_init__(self):
+        if self.data_processes < 0:
+            raise UserError(f"data_processes must be at least 0, got {self.data_processes}")
+        if self.on_damage not in ("stop", "skip"):
+            raise UserError(f"on_damage must be stop or skip, got {self.on_damage!r}")
+        if not 0 <= self.max_damaged <= 1:
+            raise UserError(f"max_damaged must be between 0 and 1, got {self.max_damaged}")
+
+
+class TrainBatches:
+    """The batches of steps start_step, start_step + 1, … without end, one host's share of them.
+
+    Each is `image`, uint8 (batch_size / process_count, R, R, 3), and `text`, int32 (batch_size / process_count,
+    context_length).
 
     Args:
-      sources: the data sets to mix; each example needs a caption.
-      weights: their relative weights.
-      seed: fixes the order, the crops and the choice among several captions.
-      batch_size: of all hosts together.
-      preprocess: resizes the images, which are then cropped at random (paper, section 2.3).
-      tokenizer: the model's; longer captions are truncated.
+      reader: what is read, and how.
+      config: by whom, and what happens where it is damaged.
       start_step: the step to begin with, when resuming.
       process_index: this host.
       process_count: the number of hosts; each takes an equal, contiguous share of every batch.
 
-    Returns:
-      an iterator of `image`, uint8 (batch_size / process_count, R, R, 3), and `text`, int32
-      (batch_size / process_count, context_length). Closing it ends its threads.
+    Attributes:
+      waited: seconds that `next` has taken.
+      skips: whether damage is skipped rather than an error.
+      damage: the damaged samples and shards so far, counted by reason.
 
     Raises:
-      UserError: `batch_size` does not divide by `process_count`; later, an example that cannot be read.
+      UserError: the batch size does not divide by `process_count`; a source is damaged; later, a sample that cannot be
+        read, or too many of them.
     """
-    local_size, remainder = divmod(batch_size, process_count)
-    if remainder or not local_size:
-        raise UserError(f"batch_size {batch_size} does not divide by the number of hosts, {process_count}")
-    reader = _TrainReader(tuple(sources), tuple(weights), seed, preprocess, tokenizer)
-    first = np.int64(batch_size) * start_step + process_index * local_size
-    shares = (np.arange(start, start + local_size) for start in itertools.count(first, batch_size))
-    return _prefetched(reader.read, shares)
+
+    def __init__(
+        self,
+        reader: TrainReader,
+        config: InputConfig = InputConfig(),
+        start_step: int = 0,
+        process_index: int = 0,
+        process_count: int = 1,
+    ):
+        batch_size = reader.mixture.batch_size
+        self._size, remainder = divmod(batch_size, process_count)
+        if remainder or not self._size:
+            raise UserError(f"batch_size {batch_size} does not divide by the number of hosts, {process_count}")
+        self.skips = config.on_damage == "skip"
+        reader = dataclasses.replace(reader, skip=self.skips)
+        self.waited, self.damage = 0.0, _damage_of_sources(reader)
+        if process_index:  # what every host finds when it opens the sources counts once
+            self.damage.clear()
+        self._next = batch_size * start_step + process_index * self._size
+        self._batch_size, self._max_damaged = batch_size, config.max_damaged
+        self._seen = self._replaced = 0
+        self._delivery = make_delivery(reader, self._size, _BATCHES_AHEAD, config.data_processes)
+        for _ in range(_BATCHES_AHEAD):
+            self._start()
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    def __next__(self) -> Batch:
+        began = time.perf_counter()
+        self._start()
+        batch, damage = self._delivery.finish()
+        self.waited += time.perf_counter() - began
+        self.damage += damage
+        self._seen, self._replaced = self._seen + self._size, self._replaced + damage.total()
+        if self._replaced > max(_FEW, self._max_damaged * self._seen):
+            raise UserError(
+                f"{self._replaced} of {self._seen} samples are damaged, more than max_damaged={self._max_damaged}: "
+                f"{counted(self.damage)}; look at them with --check_data"
+            )
+        return batch
+
+    def close(self) -> None:
+        """End the threads or processes."""
+        self._delivery.close()
+
+    def _start(self) -> None:
+        self._delivery.start(np.arange(self._next, self._next + self._size))
+        self._next += self._batch_size
+
+
+def _damage_of_sources(reader: TrainReader) -> Counter[str]:
+    """What the sources found when they were opened."""
+    total = Counter()
+    for source in reader.mixture.sources:
+        found: tuple[Damaged, ...] = getattr(source, "damage", ())
+        damage = Counter(item.reason for item in found)
+        if found and not reader.skip:
+            more = f" ({len(found) - 1} more like it)" if len(found) > 1 else ""
+            raise UserError(f"{found[0]}{more}: mend the data, or leave out what is damaged with on_damage=skip")
+        if found:
+            logger.warning("%s is damaged (%s), first in %s", source.name, counted(damage), found[0])
+        total += damage
+    return total
 
 
 def evaluation_batches(source: Source, batch_size: int, preprocess: Preprocess) -> Iterator[Batch]:
@@ -89,76 +158,13 @@ def evaluation_batches(source: Source, batch_size: int, preprocess: Preprocess) 
         images = np.zeros((len(indices), side, side, 3), np.uint8)
         labels = np.full(len(indices), -1, np.int32)
         for row, index in enumerate(indices[indices < len(source)].tolist()):
-            with _naming(source, index):
+            with naming(where(source, index)):
                 example = source[index]
-                images[row] = preprocess.resize_and_crop(example.image)
+                images[row] = preprocess.resize_and_crop(open_image(example.image))
                 labels[row] = -1 if example.label is None else example.label
         return {"image": images, "label": labels, "mask": indices < len(source)}
 
     return _prefetched(read, indices.reshape(-1, batch_size))
-
-
-@dataclasses.dataclass(frozen=True)
-class _TrainReader:
-    """Positions of the global order in, pixels and tokens out: a pure function of these fields."""
-
-    sources: tuple[Source, ...]
-    weights: tuple[float, ...]
-    seed: int
-    preprocess: Preprocess
-    tokenizer: Tokenizer
-
-    def read(self, positions: Int64[np.ndarray, "n"]) -> Batch:
-        source_numbers, indices = self._locate(positions)
-        samples = [
-            self._sample(position, self.sources[number], index)
-            for position, number, index in zip(
-                positions.tolist(), source_numbers.tolist(), indices.tolist(), strict=True
-            )
-        ]
-        images, texts = zip(*samples, strict=True)
-        return {"image": np.stack(images), "text": np.stack(texts)}
-
-    def _locate(self, positions: Int64[np.ndarray, "n"]) -> tuple[Int64[np.ndarray, "n"], Int64[np.ndarray, "n"]]:
-        """Which source each position reads, and which of its examples."""
-        source_numbers, inside = mixture_index(positions, self.weights)
-        indices = np.empty_like(positions)
-        for number in np.unique(source_numbers):
-            here = source_numbers == number
-            indices[here] = sample_index(self.seed, inside[here], len(self.sources[number]))
-        return source_numbers, indices
-
-    def _sample(
-        self, position: int, source: Source, index: int
-    ) -> tuple[UInt8[np.ndarray, "side side 3"], Int32[np.ndarray, "context_length"]]:
-        generator = sample_generator(self.seed, position)
-        with _naming(source, index):
-            example = source[index]
-            image = self.preprocess.resize_and_crop_randomly(example.image, generator)
-            return image, _tokens(self.tokenizer, _choose_caption(example, generator))
-
-
-@functools.lru_cache(_CACHED_TEXTS)
-def _tokens(tokenizer: Tokenizer, text: str) -> Int32[np.ndarray, "context_length"]:
-    return tokenizer([text], truncate=True)[0]
-
-
-def _choose_caption(example: Example, generator: np.random.Generator) -> str:
-    if not example.captions:
-        raise UserError("expected at least one caption, got none")
-    return example.captions[generator.integers(len(example.captions))]
-
-
-@contextlib.contextmanager
-def _naming(source: Source, index: int) -> Iterator[None]:
-    """Say which example an error comes from."""
-    try:
-        yield
-    except (UserError, OSError) as error:
-        raise UserError(f"{source.name}, example {index}: {error}") from error
-    except Exception as error:
-        error.add_note(f"while reading example {index} of {source.name}")
-        raise
 
 
 def _prefetched(read: Callable[[np.ndarray], Batch], shares: Iterable[np.ndarray]) -> Iterator[Batch]:

@@ -8,9 +8,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from clip_jax.data import tar, tfrecord
 from clip_jax.data.digits import Digits
 from clip_jax.data.example import Cached, Source
 from clip_jax.data.folder import CaptionedFolder
+from clip_jax.data.order import Windows
+from clip_jax.data.sharded import Fields, ShardedSource
+from clip_jax.data.shards import Shards
 from clip_jax.errors import UserError
 from clip_jax.options import from_dict, option
 
@@ -85,10 +89,57 @@ class TfdsConfig(SourceConfig):
         return tfds_source.TfdsSource(builder, self.split, self.image_field, self.caption_field, self.label_field)
 
 
+@dataclass(frozen=True, kw_only=True)
+class ShardsConfig(SourceConfig):
+    """What the sources of shards have."""
+
+    path: str = option(help="of the shards: braces, as in {00000..00099}, and * are expanded; gs:// and s3:// too")
+    image_field: str = option("", "the image of a sample; empty for the usual names, such as jpg, png, image")
+    caption_field: str = option("", "its caption; empty for txt, caption or text")
+    label_field: str = option("", "its label; empty for cls or label")
+    block: int = option(128, "neighbouring samples that are read together; 1 mixes all samples and reads them singly")
+    window: int = option(32, "blocks whose samples are mixed; block * window * lanes samples are open at a time")
+    lanes: int = option(8, "parts of a batch that read blocks of their own; best a multiple of the number of hosts")
+    index_dir: str = option("", "where indexes are kept; empty for beside the shards, or the cache", may_change=True)
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not self.path:
+            raise UserError("path is empty; name the shards, as in 'shards/{00000..00099}.tar'")
+        for name in ("block", "window", "lanes"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} must be at least 1, got {getattr(self, name)}")
+
+    def open_shards(self, data_format: Any) -> Source:
+        """The samples of shards in the format of a module, `tar` or `tfrecord`."""
+        shards = Shards(self.path, data_format.scan, self.index_dir)
+        fields = Fields(self.image_field, self.caption_field, self.label_field)
+        windows = None if self.block == 1 else Windows(self.block, self.window, self.lanes)
+        return ShardedSource(shards, data_format.parse, fields, windows, self.path)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TarConfig(ShardsConfig):
+    """Tar shards in the WebDataset layout, as img2dataset writes them, plain or gzip."""
+
+    def open(self, data_dir: str) -> Source:
+        return self.open_shards(tar)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TfrecordConfig(ShardsConfig):
+    """TFRecord shards of tf.train.Example, as img2dataset writes them."""
+
+    def open(self, data_dir: str) -> Source:
+        return self.open_shards(tfrecord)
+
+
 SOURCES: dict[str, type[SourceConfig]] = {
     "shapes": ShapesConfig,
     "digits": DigitsConfig,
     "folder": FolderConfig,
+    "tar": TarConfig,
+    "tfrecord": TfrecordConfig,
     "tfds": TfdsConfig,
 }
 

@@ -7,7 +7,6 @@ import tensorflow_datasets as tfds  # brings no TensorFlow along as long as only
 
 from clip_jax.data.example import Example
 from clip_jax.errors import UserError
-from clip_jax.processing.images import open_image
 
 Path = tuple[str, ...]
 
@@ -55,7 +54,7 @@ class TfdsSource:
         captions = _follow(record, self._captions) if self._captions else ()
         captions = (captions,) if isinstance(captions, bytes) else captions
         return Example(
-            open_image(_follow(record, self._image)),
+            _follow(record, self._image),
             tuple(caption.decode("utf-8", errors="replace") for caption in captions),
             int(_follow(record, self._label)) if self._label else None,
         )

@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import jax
@@ -33,6 +33,13 @@ def on_first_process(action: Callable[[], T]) -> T | None:
     if refused:
         raise UserError("process 0 refused to go on; its own message says why")
     return result
+
+
+def sum_over_hosts(counts: Sequence[int]) -> list[int]:
+    """The sum of each count over all processes, which all must call this at the same place."""
+    if jax.process_count() == 1:
+        return list(counts)
+    return multihost_utils.process_allgather(np.array(counts, np.int32)).sum(axis=0).tolist()
 
 
 def initialize(coordinator: str | None, processes: int | None, process_index: int | None) -> None:

@@ -9,7 +9,10 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
+from clip_jax.data.damage import REASONS
+from clip_jax.data.pipeline import TrainBatches
 from clip_jax.training.checkpoint import Checkpoints
+from clip_jax.training.distributed import sum_over_hosts
 from clip_jax.training.loop import Hook, Step
 from clip_jax.training.metrics import MetricsWriter
 from clip_jax.training.state import TrainState
@@ -26,6 +29,7 @@ class Log(Hook):
       total_steps: of the whole run.
       batch_size: global.
       learning_rate: the schedule.
+      batches: the input, for the time spent waiting for it and the damage in it.
     """
 
     def __init__(
@@ -35,14 +39,18 @@ class Log(Hook):
         total_steps: int,
         batch_size: int,
         learning_rate: Callable[[int], float],
+        batches: TrainBatches,
     ):
         self._writer, self._log_every, self._batch_size = writer, log_every, batch_size
         self._total_steps, self._learning_rate = total_steps, learning_rate
+        self._batches = batches
         self._pending: Step | None = None
+        self._damage: dict[str, int] = {}
 
     def start(self, state: TrainState) -> None:
         self._marked_step = int(state.step)
         self._began = self._marked = time.perf_counter()
+        self._marked_wait = self._batches.waited
         logger.info("compiling the train step: the first one takes a while, minutes for a large model")
         self._bar = tqdm(
             total=self._total_steps,
@@ -59,6 +67,9 @@ class Log(Hook):
         self.flush()
         if step.number % self._log_every == 0 or step.number == 1 or step.last:
             self._pending = step
+            if self._batches.skips:  # here, where all hosts come by: when one of them ends, the others do not answer
+                total = sum_over_hosts([self._batches.damage[reason] for reason in REASONS])
+                self._damage = {f"damaged/{reason}": n for reason, n in zip(REASONS, total, strict=True) if n}
         self._bar.update()
 
     def flush(self) -> None:
@@ -69,11 +80,12 @@ class Log(Hook):
         values = {key: float(value) for key, value in jax.device_get(step.metrics).items()}
         now = time.perf_counter()
         rate = (step.number - self._marked_step) * self._batch_size / (now - self._marked)
-        self._marked, self._marked_step = now, step.number
+        waited = (self._batches.waited - self._marked_wait) / (now - self._marked)
+        self._mark(now, step.number)
         learning_rate = float(self._learning_rate(step.number - 1))
-        timing = {"learning_rate": learning_rate, "examples_per_second": rate, "seconds": now - self._began}
+        timing = {"examples_per_second": rate, "data_wait_fraction": waited, "seconds": now - self._began}
         if self._writer is not None:
-            self._writer.write(step.number, {**values, **timing})
+            self._writer.write(step.number, {**values, "learning_rate": learning_rate, **timing, **self._damage})
         temperature = np.exp(-values["logit_scale"])
         self._bar.set_postfix_str(
             f"loss {values['loss']:.4f}, temperature {temperature:.4f}, {rate:,.0f} examples/s", refresh=False
@@ -84,7 +96,11 @@ class Log(Hook):
         if self._writer is not None:
             self._writer.write(step, values)
             logger.info("step %d: %s", step, ", ".join(f"{key} {value:.4f}" for key, value in values.items()))
-        self._marked, self._marked_step = time.perf_counter(), step
+        self._mark(time.perf_counter(), step)
+
+    def _mark(self, now: float, step: int) -> None:
+        """Begin to measure the time of the next steps."""
+        self._marked, self._marked_step, self._marked_wait = now, step, self._batches.waited
 
     def end(self) -> None:
         try:

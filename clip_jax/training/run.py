@@ -6,7 +6,8 @@ from contextlib import ExitStack, closing
 
 import jax
 
-from clip_jax.data.pipeline import train_batches
+from clip_jax.data.pipeline import TrainBatches
+from clip_jax.data.reader import Mixture, TrainReader
 from clip_jax.data.sources import make_sources
 from clip_jax.options import from_dict, to_dict
 from clip_jax.processing import Preprocess, make_tokenizer
@@ -42,29 +43,29 @@ def run(config: RunConfig, workdir: str, make_evaluate: MakeEvaluate | None = No
     training = make_training(config)
     training.partitioner.check_batch_size(config.batch_size, config.microbatches, jax.process_count())
     train_step = make_train_step(training)
-    sources, weights = make_sources(config.data, config.data_dir)
-    tokenizer = make_tokenizer(config.model.text)
+    reader = make_reader(config)
     evaluate = make_evaluate(config, training) if make_evaluate else None
     on_first_process(lambda: make_workdir(workdir))
     with ExitStack() as open_things:
         checkpoints = open_things.enter_context(closing(Checkpoints(workdir, config.model)))
         state = _state(checkpoints, training, config.seed)
         write_config(workdir, to_dict(config))
-        batches = train_batches(
-            sources,
-            weights,
-            seed=config.seed,
-            batch_size=config.batch_size,
-            preprocess=Preprocess.from_config(config.model),
-            tokenizer=tokenizer,
-            start_step=int(state.step),
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
-        )
-        open_things.enter_context(closing(batches))
+        hosts = jax.process_index(), jax.process_count()
+        batches = open_things.enter_context(closing(TrainBatches(reader, config.input, int(state.step), *hosts)))
         writer = on_first_process(lambda: MetricsWriter(workdir, int(state.step)))
-        hooks = _hooks(config, writer, checkpoints, evaluate)
+        hooks = _hooks(config, writer, checkpoints, batches, evaluate)
         return train(state, train_step, on_devices(batches, training.partitioner), config.total_steps, hooks)
+
+
+def make_reader(config: RunConfig) -> TrainReader:
+    """What reads the run's training data.
+
+    Raises:
+      UserError: data that is missing or without captions, or a tokenizer that is not known.
+    """
+    tokenizer = make_tokenizer(config.model.text)
+    mixture = Mixture(*make_sources(config.data, config.data_dir), config.seed, config.batch_size)
+    return TrainReader(mixture, Preprocess.from_config(config.model), tokenizer, config.augment)
 
 
 def _state(checkpoints: Checkpoints, training: Training, seed: int) -> TrainState:
@@ -79,10 +80,11 @@ def _hooks(
     config: RunConfig,
     writer: MetricsWriter | None,
     checkpoints: Checkpoints,
+    batches: TrainBatches,
     evaluate: Callable[[TrainState], Mapping[str, float]] | None,
 ) -> list[Hook]:
     schedule = learning_rate_schedule(config.optimizer, config.total_steps)
-    log = Log(writer, config.log_every, config.total_steps, config.batch_size, schedule)
+    log = Log(writer, config.log_every, config.total_steps, config.batch_size, schedule, batches)
     hooks = [log, every(config.checkpoint_every, Save(checkpoints, log))]
     if evaluate is not None:
         hooks.append(every(config.eval_every, Evaluate(evaluate, log)))

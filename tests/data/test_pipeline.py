@@ -1,3 +1,4 @@
+import contextlib
 import itertools
 import re
 import threading
@@ -8,9 +9,10 @@ from PIL import Image
 
 from clip_jax.data.digits import Digits
 from clip_jax.data.example import Example
-from clip_jax.data.pipeline import evaluation_batches, train_batches
+from clip_jax.data.pipeline import InputConfig, TrainBatches, evaluation_batches
+from clip_jax.data.reader import Mixture, TrainReader
 from clip_jax.errors import UserError
-from clip_jax.processing import Preprocess, decode, tokenize
+from clip_jax.processing import Augment, Preprocess, decode, tokenize
 from clip_jax.processing.tokenizers import OpenAITokenizer
 
 
@@ -35,16 +37,19 @@ class Numbered:
 
 
 SOURCES = (Numbered("apple", 50), Numbered("pear", 30))
-PROCESSING = {"preprocess": Preprocess(8), "tokenizer": OpenAITokenizer(8)}
+STRICT = InputConfig()
+PROCESSING = {"preprocess": Preprocess(8), "tokenizer": OpenAITokenizer(8), "augment": Augment()}
 
 
-def take(count, sources=SOURCES, weights=(3.0, 1.0), **changes):
-    settings = {"seed": 1, "batch_size": 16} | PROCESSING | changes
-    batches = train_batches(sources, weights, **settings)
-    try:
+def make_batches(sources=SOURCES, weights=(3.0, 1.0), *, seed=1, batch_size=16, config=STRICT, **changes):
+    processing = {key: changes.pop(key, PROCESSING[key]) for key in PROCESSING}
+    reader = TrainReader(Mixture(tuple(sources), weights, seed, batch_size), **processing)
+    return TrainBatches(reader, config, **changes)
+
+
+def take(count, *arguments, **changes):
+    with contextlib.closing(make_batches(*arguments, **changes)) as batches:
         return list(itertools.islice(batches, count))
-    finally:
-        batches.close()
 
 
 def assert_same(batches, expected):
@@ -141,6 +146,15 @@ def test_images_and_captions_are_processed_as_the_model_asks():
     np.testing.assert_array_equal(batch["image"][0], squashed)
 
 
+def test_images_are_augmented_as_asked_and_by_position():
+    vary = Augment(crop="resized", scale=(0.5, 1.0), flip=True, color_jitter=(0.2, 0.2, 0.2, 0.1))
+    whole = take(4, augment=vary)
+    assert_same(take(2, start_step=2, augment=vary), whole[2:])
+    plain = take(4)
+    for batch, other in zip(whole, plain, strict=True):
+        assert not np.array_equal(batch["image"], other["image"])
+
+
 @pytest.mark.parametrize("error", [UserError, OSError])
 def test_unreadable_data_is_the_users_mistake_and_named(error):
     with pytest.raises(UserError, match=r"^apple, example 7: cannot read it$"):
@@ -150,7 +164,7 @@ def test_unreadable_data_is_the_users_mistake_and_named(error):
 def test_other_errors_keep_their_type_and_name_the_example():
     with pytest.raises(ZeroDivisionError) as caught:
         take(4, sources=(Numbered("apple", 50, broken=7, error=ZeroDivisionError),), weights=(1.0,))
-    assert caught.value.__notes__ == ["while reading example 7 of apple"]
+    assert caught.value.__notes__ == ["while reading apple, example 7"]
 
 
 def test_an_example_without_captions_is_named():
@@ -164,7 +178,7 @@ def test_an_example_without_captions_is_named():
 
 def test_batch_size_must_divide_by_the_hosts_at_once():
     with pytest.raises(UserError, match="batch_size 16 does not divide by the number of hosts, 3"):
-        train_batches(SOURCES, (1.0, 1.0), seed=0, batch_size=16, process_count=3, **PROCESSING)
+        make_batches(process_count=3)
 
 
 def test_reading_ahead_is_bounded_and_closing_ends_the_threads():
@@ -175,7 +189,7 @@ def test_reading_ahead_is_bounded_and_closing_ends_the_threads():
             read.append(index)
             return super().__getitem__(index)
 
-    batches = train_batches((Counting("apple", 50),), (1.0,), seed=0, batch_size=4, **PROCESSING)
+    batches = make_batches((Counting("apple", 50),), (1.0,), batch_size=4)
     for _ in range(3):
         next(batches)
     batches.close()

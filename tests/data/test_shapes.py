@@ -8,6 +8,7 @@ from clip_jax.data import shapes
 from clip_jax.data.order import sample_generator
 from clip_jax.data.sources import make_sources
 from clip_jax.errors import UserError
+from clip_jax.processing.images import open_image
 
 
 def draw(seed, index, label):
@@ -105,7 +106,9 @@ def test_the_picture_shows_what_its_scene_says(label):
 
 def test_the_data_set_holds_the_scenes_of_its_seed(data_dir):
     (source,), _ = make_sources({"shapes": {"split": "held_out"}}, data_dir)
-    prepared = {(example.image.tobytes(), example.captions) for example in map(source.__getitem__, range(32))}
+    prepared = {
+        (open_image(example.image).tobytes(), example.captions) for example in map(source.__getitem__, range(32))
+    }
     scenes = [draw(20_261_121, index, shapes.HELD_OUT[index % 8]) for index in range(32)]
     assert prepared == {(image.tobytes(), texts) for _, image, texts in scenes}
 

