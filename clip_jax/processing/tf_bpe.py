@@ -28,7 +28,6 @@ Texts = tf.Tensor | Sequence[str] | Sequence[bytes]
 
 _END_OF_WORD = b"\xff"
 _NORMAL, _UNKNOWN = 1, 2  # ModelProto.SentencePiece.Type of sentencepiece_model.proto
-_LONGEST = 100_000  # bytes of a plain text; what a longer one costs is bounded too
 
 
 class TfTokenizer(tf.Module):
@@ -50,6 +49,7 @@ class TfTokenizer(tf.Module):
         if context_length < 2:
             raise UserError(f"expected a context_length of at least 2 (start and end), got {context_length}")
         self.context_length = context_length
+        self._longest = bpe.READ_PER_TOKEN * context_length  # bytes of a plain text; longer ones Python may cut
         self._python = OpenAITokenizer(context_length, lowercase)
         self._whole_words = _table(_whole_words(), default=-1)
         self._merges = tf_text.SentencepieceTokenizer(_sentencepiece_model())
@@ -100,8 +100,8 @@ class TfTokenizer(tf.Module):
         texts = tf.convert_to_tensor(texts)
         if texts.dtype != tf.string or texts.shape.rank != 1:
             raise UserError(f"expected a batch of strings, shape (batch,), got {texts.dtype.name} {texts.shape}")
-        short = tf.strings.length(texts) <= _LONGEST
-        texts = self._unescaped(tf.strings.substr(texts, 0, _LONGEST))
+        short = tf.strings.length(texts) <= self._longest
+        texts = self._unescaped(tf.strings.substr(texts, 0, self._longest))
         points = tf.strings.unicode_decode(texts, "UTF-8")
         plain = short & self._is_plain(texts, _translate(points, self._to_cleaned))
         ids = self._ids(_translate(points, self._to_final))

@@ -206,7 +206,7 @@ def test_in_a_dataset(tokenizer):
 
 
 def test_truncation(cased):
-    texts = ["dog " * 100, "dog", "dog &amp;amp; " * 50, "dog dog dog", "a" * 200_000]
+    texts = ["dog " * 100, "dog", "dog &amp;amp; " * 50, "dog dog dog", "a" * 200_000, "dog" + " " * 5 * 256 + "dog"]
     np.testing.assert_array_equal(cased(texts, truncate=True), tokenize(texts, 5, truncate=True))
     np.testing.assert_array_equal(cased(texts[1:4:2]), tokenize(texts[1:4:2], 5))
     assert cased(tf.constant([], tf.string)).shape == (0, 5)
