@@ -71,12 +71,12 @@ def references() -> dict[str, str]:
 
 
 def only_characters(cleaned: Mapping[str, str]) -> str:
-    """Matches a whole text of plain characters; never one that is not UTF-8."""
+    """Matches the whole of a text of plain characters; no bytes that are not UTF-8."""
     return f"{_set(cleaned)}*"
 
 
 def mojibake() -> str:
-    """Matches in all texts that ftfy takes for mojibake. ftfy takes line by line, this also finds it across lines."""
+    """Matches somewhere in every text that ftfy takes for mojibake; in few others, since ftfy goes line by line."""
     # RE2 has no verbose mode: what is not in a set of characters loses its spaces and comments.
     pattern = re.sub(r"(\[[^\]]*\])|\s+|#[^\n]*", r"\1", ftfy.badness.BADNESS_RE.pattern)
     for kind in (r"\w", r"\s"):
@@ -85,7 +85,7 @@ def mojibake() -> str:
 
 
 def depends_on_neighbours(cleaned: Mapping[str, str], lowercase: bool) -> str:
-    """Matches in what `cleaned` made of a text if cleaning and lower-casing would change it further."""
+    """Matches somewhere in what `cleaned` made of a text if the reference would change more than single characters."""
     names = "|".join(name for name in html.entities.html5 if not name.endswith(";"))
     # Of a number html.unescape needs no more than one digit, of some names no semicolon.
     reference = rf"&(?:#[0-9]|#[xX][0-9a-fA-F]|[0-9A-Za-z]+;|{names})"

@@ -8,7 +8,7 @@ test says so): the first time that SentencePiece joined a pair that is not among
 bytes alone would have been at that pair too, and would have ended there without the joined piece.
 
 A byte is the character of the same number, as in Latin-1; a word ends with 0xFF, which UTF-8 never uses. It merges
-with the byte before it before all else, which makes that byte's id one of 256 to 511.
+with the byte before it before all else, since those pieces have the ids 256 to 511 and merges begin at 512.
 """
 
 import os
@@ -205,14 +205,14 @@ def _sentencepiece_model() -> bytes:
     pieces = []
     for i, piece in enumerate(bpe.vocabulary().pieces[: bpe.START_OF_TEXT]):
         name = piece.removesuffix(b"</w>") + _END_OF_WORD * piece.endswith(b"</w>")
-        pieces.append(_piece(name.decode("latin-1"), 1.0 if i < 512 else float(-i), _NORMAL))
-    pieces.append(_piece("<unk>", 0.0, _UNKNOWN))
+        pieces.append(_piece(name.decode("latin-1"), -i, _NORMAL))
+    pieces.append(_piece("<unk>", 0, _UNKNOWN))
     trainer = _field(2, b"\x18\x02")  # model_type = 3: BPE
     normalizer = _field(3, _field(1, b"identity") + b"\x18\0\x20\0\x28\0")  # spaces = 3, 4, 5: no changes
     return b"".join([*pieces, trainer, normalizer])
 
 
-def _piece(name: str, score: float, kind: int) -> bytes:
+def _piece(name: str, score: int, kind: int) -> bytes:
     return _field(1, _field(1, name.encode()) + b"\x15" + struct.pack("<f", score) + bytes([0x18, kind]))
 
 
