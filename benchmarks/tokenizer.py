@@ -3,9 +3,9 @@
     python -m benchmarks.tokenizer [--captions 20000] [--rounds 5]
 
 They take turns in one process on the same captions: cold (empty caches) and warm (the same captions again); the
-median round counts. `tokenizers`, if installed, has the same merges and gets the reference's cleaning. `tf_bpe` runs
-in `Dataset.map` on batches, without threads of its own. The CPU time of a contestant, over its wall time, shows how
-many cores it used; rates are per core. On how many captions each differs from the reference is printed too.
+median round counts, in seconds of CPU time, so rates are per core. `tf_bpe` runs in `Dataset.map` on batches.
+`tokenizers`, if installed, has the same merges and gets the reference's cleaning. On how many captions each differs
+from the reference is printed too.
 """
 
 import argparse
@@ -23,7 +23,7 @@ import ftfy
 from benchmarks.machine import cpu
 from clip_jax.processing import bpe
 
-# Of some texts, which a contestant is made for.
+# A contestant is made for the texts that it encodes.
 EncodeAll = Callable[[], list[list[int]]]
 
 BATCH = 1024
@@ -50,7 +50,7 @@ def ours(texts: tuple[str, ...]) -> EncodeAll:
     return lambda: [bpe.encode(text) for text in texts]
 
 
-@functools.cache
+@functools.cache  # TensorFlow's threads are chosen once; there is no cache of texts to empty
 def in_graph(texts: tuple[str, ...]) -> EncodeAll:
     """Returns clip_jax's tokenizer as TensorFlow ops, in a dataset of batches, on one thread."""
     import tensorflow as tf
@@ -99,8 +99,11 @@ def rust(texts: tuple[str, ...]) -> EncodeAll:
     words = tokenizers.Regex(r"'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+")
     cut, to_bytes = Split(words, "removed", invert=True), ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.pre_tokenizer = Sequence([cut, to_bytes])
-    clean = lambda text: html.unescape(html.unescape(ftfy.fix_text(text))).lower()  # noqa: E731
-    return lambda: [tokenizer.encode(clean(text)).ids for text in texts]
+
+    def encode(text: str) -> list[int]:
+        return tokenizer.encode(html.unescape(html.unescape(ftfy.fix_text(text))).lower()).ids
+
+    return lambda: [encode(text) for text in texts]
 
 
 def main() -> None:
@@ -114,25 +117,19 @@ def main() -> None:
     if importlib.util.find_spec("tokenizers"):
         makers["tokenizers"] = rust
     seconds = {(name, state): [] for name in makers for state in ("cold", "warm")}
-    wall = dict.fromkeys(makers, 0.0)
     ids = {}
     for _ in range(flags.rounds):
         for name, make in makers.items():
             encode_all = make(texts)
             for state in ("cold", "warm"):
-                start, start_of_wall = time.process_time(), time.perf_counter()
+                start = time.process_time()
                 ids[name] = encode_all()
                 seconds[name, state].append(time.process_time() - start)
-                wall[name] += time.perf_counter() - start_of_wall
     print(cpu())
     for name in makers:
         cold, warm = (len(texts) / statistics.median(seconds[name, state]) for state in ("cold", "warm"))
         different = sum(a != b for a, b in zip(ids[name], ids["openai-clip"], strict=True))
-        cores = sum(map(sum, (seconds[name, "cold"], seconds[name, "warm"]))) / wall[name]
-        print(
-            f"{name:12}{cold:9,.0f} captions/s cold{warm:9,.0f} warm {different:6} of {len(texts)} differ "
-            f"({cores:.2f} cores)"
-        )
+        print(f"{name:12}{cold:9,.0f} captions/s cold{warm:9,.0f} warm {different:6} of {len(texts)} differ")
 
 
 if __name__ == "__main__":
