@@ -2,12 +2,14 @@
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 from clip_jax.data.access import Access
-from clip_jax.data.example import LabelledSource, Source
+from clip_jax.data.example import Source
 from clip_jax.data.folder import DEFAULT_TEMPLATES, LabelledFolder
 from clip_jax.data.sources import source_config
 from clip_jax.errors import UserError
@@ -25,12 +27,16 @@ class EvaluationSet:
       source: the images with their labels.
       class_names: in the order of the labels.
       templates: sentences around a class name, whose embeddings are averaged (paper section 3.1.4).
+      train: opens what a linear probe is fitted to, with the same classes; None where there is none.
+      validation: opens what its regularisation is chosen by; None for a part of `train`.
     """
 
     name: str
     source: Source
     class_names: tuple[str, ...]
     templates: tuple[str, ...] = DEFAULT_TEMPLATES
+    train: Callable[[], Source] | None = None
+    validation: Callable[[], Source] | None = None
 
 
 @dataclass(frozen=True)
@@ -41,11 +47,13 @@ class Entry:
       source: its kind and fields, as in the `data` of a configuration.
       templates: see `EvaluationSet`.
       class_names: in place of the source's own.
+      train: kind and fields of the training split, for linear probes.
     """
 
     source: Mapping[str, Any]
     templates: tuple[str, ...] = DEFAULT_TEMPLATES
     class_names: tuple[str, ...] = ()
+    train: Mapping[str, Any] | None = None
 
 
 _SHAPES = ("{}", "a photo of {}", "a picture of {}", "an image of {}", "there is {}", "a drawing of {}")
@@ -54,7 +62,7 @@ _DIGITS = ("a photo of the digit {}", "a handwritten {}", "the number {}", "a pi
 EVALUATION_SETS: dict[str, Entry] = {
     "shapes": Entry({"kind": "shapes", "split": "held_out"}, _SHAPES),  # the pairs never trained on
     "shapes_seen": Entry({"kind": "shapes", "split": "validation"}, _SHAPES),  # new images of the others
-    "digits": Entry({"kind": "digits", "split": "test"}, _DIGITS),
+    "digits": Entry({"kind": "digits", "split": "test"}, _DIGITS, train={"kind": "digits", "split": "train"}),
 }
 
 
@@ -81,13 +89,22 @@ def evaluation_set(name: str, access: Access = Access()) -> EvaluationSet:
     if entry is not None:
         source = source_config(name, entry.source).open(access)
         class_names = entry.class_names or source.class_names
-        return EvaluationSet(name, source, class_names, entry.templates)
+        train = entry.train and source_config(name, entry.train).open
+        return EvaluationSet(name, source, class_names, entry.templates, train and partial(train, access))
     is_path = os.path.isdir(name) or name.startswith((".", os.sep))
-    source = LabelledFolder(name) if is_path else _open_tfds(name, access)
-    return EvaluationSet(name, source, source.class_names)
+    return _open_folder(name) if is_path else _open_tfds(name, access)
 
 
-def _open_tfds(name: str, access: Access) -> LabelledSource:
+def _open_folder(path: str) -> EvaluationSet:
+    """Class folders; those in a folder `train` beside it, if there is one, are for training."""
+    source, train = LabelledFolder(path), Path(path).resolve().parent / "train"
+    has_train = train.is_dir() and train != Path(path).resolve()
+    return EvaluationSet(
+        path, source, source.class_names, train=partial(LabelledFolder, str(train)) if has_train else None
+    )
+
+
+def _open_tfds(name: str, access: Access) -> EvaluationSet:
     """NAME or NAME/SPLIT, where NAME may hold slashes itself."""
     from clip_jax.data import tfds_builder, tfds_source  # import TFDS
 
@@ -108,4 +125,10 @@ def _open_tfds(name: str, access: Access) -> LabelledSource:
             f"the classes of {source.name} are called {source.class_names[0]} and so on, which no caption says; "
             "it needs an entry with class_names in EVALUATION_SETS"
         )
-    return source
+    others = [other for other in ("train", "validation") if other != split and other in builder.info.splits]
+    return EvaluationSet(
+        name,
+        source,
+        source.class_names,
+        **{other: partial(tfds_source.TfdsSource, builder, other) for other in others},
+    )
