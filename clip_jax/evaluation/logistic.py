@@ -163,9 +163,16 @@ def _add_rows(
     features, targets = rows
     weights, bias = parameters[:-1], parameters[-1:]
     highest = jax.lax.Precision.HIGHEST  # accelerators would round the factors
-    log_shares = jax.nn.log_softmax(jnp.matmul(features, weights, precision=highest) + bias)
-    own = jax.nn.one_hot(targets, bias.shape[1], dtype=log_shares.dtype)  # zeros for padding
-    error = jnp.exp(log_shares) * (targets != _PADDING)[:, None] - own
-    gradient = jnp.matmul(features.T, error, precision=highest)
-    gradient = jnp.concatenate([gradient, error.sum(axis=0, keepdims=True)])
-    return total + gradient, -(log_shares * own).sum(axis=1)
+    logits = jnp.matmul(features, weights, precision=highest) + bias
+    is_own = targets[:, None] == jnp.arange(bias.shape[1])[None]
+    is_example = (targets != _PADDING)[:, None]
+    # Relative to the true class, so that small losses and errors are no differences of large numbers.
+    logits -= jnp.where(is_own, logits, 0).sum(axis=1, keepdims=True)
+    top = logits.max(axis=1, keepdims=True)
+    others = jnp.where(is_own, 0, jnp.exp(logits - top))
+    sum_of_others = others.sum(axis=1, keepdims=True)
+    losses = jnp.where(is_example, top + jnp.log1p(sum_of_others + jnp.expm1(-top)), 0)
+    errors = jnp.where(is_own, -sum_of_others, others) * (is_example / (sum_of_others + jnp.exp(-top)))
+    gradient = jnp.matmul(features.T, errors, precision=highest)
+    gradient = jnp.concatenate([gradient, errors.sum(axis=0, keepdims=True)])
+    return total + gradient, losses[:, 0]
