@@ -3,7 +3,7 @@
 import os
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,8 +11,9 @@ from typing import Any
 from clip_jax.data.access import Access
 from clip_jax.data.example import Source
 from clip_jax.data.folder import DEFAULT_TEMPLATES, LabelledFolder
-from clip_jax.data.sources import source_config
+from clip_jax.data.sources import SOURCES, source_config
 from clip_jax.errors import UserError
+from clip_jax.evaluation import wds
 
 _USUAL_SPLITS = ("test", "validation")
 _WORDNET_ID = re.compile(r"n\d{8}")  # what ImageNet's classes are called in TFDS
@@ -20,21 +21,23 @@ _WORDNET_ID = re.compile(r"n\d{8}")  # what ImageNet's classes are called in TFD
 
 @dataclass(frozen=True)
 class EvaluationSet:
-    """Labelled images, and the words that make a classifier.
+    """Images with labels, and the words that make a classifier; or images with captions, for retrieval.
 
     Attributes:
       name: what results call it.
-      source: the images with their labels.
-      class_names: in the order of the labels.
+      source: the images.
+      class_names: in the order of the labels; empty where there are none.
       templates: sentences around a class name, whose embeddings are averaged (paper section 3.1.4).
+      metric: what it is usually judged by, of `evaluation.metrics.METRICS`.
       train: opens what a linear probe is fitted to, with the same classes; None where there is none.
       validation: opens what its regularisation is chosen by; None for a part of `train`.
     """
 
     name: str
     source: Source
-    class_names: tuple[str, ...]
+    class_names: tuple[str, ...] = ()
     templates: tuple[str, ...] = DEFAULT_TEMPLATES
+    metric: str = "acc1"
     train: Callable[[], Source] | None = None
     validation: Callable[[], Source] | None = None
 
@@ -47,12 +50,14 @@ class Entry:
       source: its kind and fields, as in the `data` of a configuration.
       templates: see `EvaluationSet`.
       class_names: in place of the source's own.
+      metric: see `EvaluationSet`.
       train: kind and fields of the training split, for linear probes.
     """
 
     source: Mapping[str, Any]
     templates: tuple[str, ...] = DEFAULT_TEMPLATES
     class_names: tuple[str, ...] = ()
+    metric: str = "acc1"
     train: Mapping[str, Any] | None = None
 
 
@@ -69,39 +74,56 @@ EVALUATION_SETS: dict[str, Entry] = {
 def accepted_names() -> str:
     """What `evaluation_set` opens, in words."""
     return (
-        f"one of {', '.join(EVALUATION_SETS)}, a folder with one sub-folder for each class, "
-        "or a TFDS data set (NAME or NAME/SPLIT)"
+        f"one of {', '.join(EVALUATION_SETS)}, a folder with one sub-folder for each class, KIND:PATH as in "
+        f"tar:shards/*.tar (KIND of {', '.join(_kinds_with_path())}), a retrieval set of the clip-benchmark/wds_* "
+        "collection (its folder), or a TFDS data set (NAME or NAME/SPLIT)"
     )
 
 
 def evaluation_set(name: str, access: Access = Access()) -> EvaluationSet:
-    """Open a labelled data set to judge a model on.
+    """Open a data set to judge a model on.
 
     Args:
-      name: one of `EVALUATION_SETS`, a folder with one sub-folder for each class, or a TFDS data set: NAME (its test
-        split, or else its validation split) or NAME/SPLIT.
+      name: one of `EVALUATION_SETS`; a folder with one sub-folder for each class; KIND:PATH, the source of that kind in
+        a configuration's `data`, with captions; the folder of a retrieval set (`wds.open_retrieval`); or a TFDS data
+        set: NAME (its test split, or else its validation split) or NAME/SPLIT.
       access: where TFDS keeps its data sets, and whether it may fetch missing ones.
 
     Raises:
-      UserError: there is no such data set, or it has no labels.
+      UserError: there is no such data set, or a part of it is damaged.
     """
     entry = EVALUATION_SETS.get(name)
     if entry is not None:
         source = source_config(name, entry.source).open(access)
         class_names = entry.class_names or source.class_names
-        train = entry.train and source_config(name, entry.train).open
-        return EvaluationSet(name, source, class_names, entry.templates, train and partial(train, access))
-    is_path = os.path.isdir(name) or name.startswith((".", os.sep))
-    return _open_folder(name) if is_path else _open_tfds(name, access)
+        train = entry.train and partial(source_config(name, entry.train).open, access)
+        return EvaluationSet(name, source, class_names, entry.templates, entry.metric, train)
+    dataset = _open(name, access)
+    if damage := getattr(dataset.source, "damage", ()):  # without its part of the data, the score would be another one
+        raise UserError(f"{name} is damaged, {len(damage)} times; first: {damage[0]}")
+    return dataset
+
+
+def _open(name: str, access: Access) -> EvaluationSet:
+    kind, _, path = name.partition(":")
+    if kind in _kinds_with_path():
+        source = source_config(kind, {"path": path}).open(access)
+        return EvaluationSet(name, source, getattr(source, "class_names", ()))
+    if not (os.path.isdir(name) or name.startswith((".", os.sep))):
+        return _open_tfds(name, access)
+    retrieval = wds.open_retrieval(name)
+    return _open_folder(name) if retrieval is None else EvaluationSet(name, retrieval)
+
+
+def _kinds_with_path() -> list[str]:
+    return [kind for kind, config in SOURCES.items() if any(field.name == "path" for field in fields(config))]
 
 
 def _open_folder(path: str) -> EvaluationSet:
-    """Class folders; those in a folder `train` beside it, if there is one, are for training."""
+    """Class folders; those in a folder `train` beside theirs, if there is one, are for training."""
     source, train = LabelledFolder(path), Path(path).resolve().parent / "train"
-    has_train = train.is_dir() and train != Path(path).resolve()
-    return EvaluationSet(
-        path, source, source.class_names, train=partial(LabelledFolder, str(train)) if has_train else None
-    )
+    opens = partial(LabelledFolder, str(train)) if train.is_dir() and train != Path(path).resolve() else None
+    return EvaluationSet(path, source, source.class_names, train=opens)
 
 
 def _open_tfds(name: str, access: Access) -> EvaluationSet:
@@ -118,9 +140,7 @@ def _open_tfds(name: str, access: Access) -> EvaluationSet:
         except tfds_builder.UnknownDataSet as error:
             raise UserError(f"unknown evaluation set {name!r}: expected {accepted_names()}; {error}") from error
     source = tfds_source.TfdsSource(builder, split)
-    if not source.class_names:
-        raise UserError(f"{source.name} has no field called label: zero-shot evaluation needs one")
-    if all(_WORDNET_ID.fullmatch(name) for name in source.class_names):
+    if source.class_names and all(_WORDNET_ID.fullmatch(name) for name in source.class_names):
         raise UserError(
             f"the classes of {source.name} are called {source.class_names[0]} and so on, which no caption says; "
             "it needs an entry with class_names in EVALUATION_SETS"

@@ -1,10 +1,11 @@
 """Image features of a data set, kept on disk: an evaluation that was interrupted, or is repeated, goes on from there.
 
-  FOLDER/MODEL/CHUNK.npz    features and labels of up to 4,096 neighbouring examples
+  CACHE/features/MODEL/CHUNK.npz    features and labels of up to 4,096 neighbouring examples
 
-MODEL is a digest of the weights and of what the model is; CHUNK is one of the examples' labels and stored images. So
-another model, an example that was changed or another order find nothing, whatever the data set is called. What is
-read from the cache is not decoded; it is read all the same.
+CACHE is that of the official weights. MODEL is a digest of the weights and of what the model is; CHUNK is one of the
+examples' labels and stored images. So another model, an example that was changed or another order find nothing,
+whatever the data set is called. Images whose features are there are read, not decoded. A chunk is written whole or not
+at all; a damaged one is replaced.
 """
 
 import hashlib
@@ -28,6 +29,7 @@ from clip_jax.data.example import Example, Source, where
 from clip_jax.data.pipeline import evaluation_batches
 from clip_jax.digests import digests
 from clip_jax.evaluation.zero_shot import BATCH_SIZE, Encoders, Variables
+from clip_jax.weights.download import cache_folder
 
 logger = logging.getLogger(__name__)
 
@@ -62,20 +64,19 @@ def concatenated(parts: list[Features]) -> Features:
     return Features(np.concatenate([part.values for part in parts]), np.concatenate([part.labels for part in parts]))
 
 
-def extract(encoders: Encoders, variables: Variables, source: Source, folder: Path, progress: bool = True) -> Features:
-    """The features of every example of a source, in its order.
+def extract(encoders: Encoders, variables: Variables, source: Source, progress: bool = True) -> Features:
+    """The features of every example of a source, in its order, from the cache as far as it has them.
 
     Args:
       encoders: of the model.
       variables: its weights.
       source: images with labels.
-      folder: of the cache; a chunk is written whole or not at all, and computed again where it is damaged.
       progress: show a bar.
 
     Raises:
       UserError: an image that cannot be read.
     """
-    folder = folder / model_digest(encoders, variables)
+    folder = cache_folder() / "features" / model_digest(encoders, variables)
     parts = []
     with tqdm(total=len(source), desc=f"{source.name} features", unit="image", disable=not progress) as bar:
         for start in range(0, len(source), CHUNK):

@@ -2,6 +2,7 @@
 
 import logging
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 from jaxtyping import Float
@@ -10,10 +11,10 @@ from tqdm import tqdm
 from clip_jax.errors import UserError
 from clip_jax.evaluation.datasets import EvaluationSet
 from clip_jax.evaluation.features import Features
-from clip_jax.evaluation.linear_probe import Splits, choose_strength, rank_in_class
+from clip_jax.evaluation.linear_probe import Splits, choose_strength, extract_splits, rank_in_class
 from clip_jax.evaluation.logistic import LogisticRegression
 from clip_jax.evaluation.metrics import accuracy
-from clip_jax.evaluation.zero_shot import ZeroShotResult
+from clip_jax.evaluation.zero_shot import Encoders, Variables, zero_shot
 from clip_jax.parallel import Partitioner
 
 logger = logging.getLogger(__name__)
@@ -40,24 +41,37 @@ class FewShotResult:
     strengths: tuple[float, ...]
     zero_shot: float
 
+    task: ClassVar[str] = "few_shot"
+
     @property
-    def metrics(self) -> list[dict[str, float]]:
-        """One object for each number of shots: the mean over the seeds, and their standard deviation."""
-        return [
-            {
-                "fewshot_k": shots,
-                "lp_acc1": float(accuracies.mean()),
-                "lp_acc1_std": float(accuracies.std(ddof=1)),
-                "lp_strength": strength,
-                "acc1": self.zero_shot,
-            }
-            for shots, accuracies, strength in zip(self.shots, self.accuracies, self.strengths, strict=True)
-        ]
+    def metrics(self) -> dict[str, float]:
+        """Zero-shot's `acc1`, and of K shots the mean over the seeds, their standard deviation and λ."""
+        metrics = {"acc1": self.zero_shot}
+        for shots, accuracies, strength in zip(self.shots, self.accuracies, self.strengths, strict=True):
+            metrics[f"lp_acc1@{shots}"] = float(accuracies.mean())
+            metrics[f"lp_acc1_std@{shots}"] = float(accuracies.std(ddof=1))
+            metrics[f"lp_strength@{shots}"] = strength
+        return metrics
 
 
-def few_shot(
-    splits: Splits, zero_shot: ZeroShotResult, partitioner: Partitioner, progress: bool = True
-) -> FewShotResult:
+def few_shot(encoders: Encoders, variables: Variables, dataset: EvaluationSet, progress: bool = True) -> FewShotResult:
+    """Extract a data set's features, fit classifiers to a few of them, and classify zero-shot beside.
+
+    Args:
+      encoders: of the model.
+      variables: its weights.
+      dataset: with a training split.
+      progress: show bars.
+
+    Raises:
+      UserError: see `extract_splits`, `zero_shot` and `fit_shots`.
+    """
+    splits = extract_splits(encoders, variables, dataset, progress)
+    zero = zero_shot(encoders, variables, dataset, progress).metrics["acc1"]
+    return fit_shots(splits, zero, encoders.partitioner, progress)
+
+
+def fit_shots(splits: Splits, zero_shot: float, partitioner: Partitioner, progress: bool = True) -> FewShotResult:
     """Fit to k examples of each class, k from `SHOTS`, drawn by each of `SEEDS`, and judge on the test split.
 
     The examples of fewer shots are among those of more. The regularisation of a number of shots is chosen once, for
@@ -65,7 +79,7 @@ def few_shot(
 
     Args:
       splits: features.
-      zero_shot: of the same data set.
+      zero_shot: the accuracy to compare with.
       partitioner: of the mesh.
       progress: show a bar.
 
@@ -76,12 +90,13 @@ def few_shot(
     shots = _possible_shots(splits, classes)
     accuracies, strengths = np.zeros((len(shots), len(SEEDS))), []
     for row, count in enumerate(tqdm(shots, desc=f"{splits.dataset.name} few-shot", disable=not progress)):
-        strengths.append(choose_strength(draw(splits.train, count, SEEDS[0]), splits.validation, classes, partitioner))
+        few = draw(splits.train, count, SEEDS[0])
+        strengths.append(choose_strength(few, splits.validation, classes, partitioner, progress=False))
         for column, seed in enumerate(SEEDS):
             few = draw(splits.train, count, seed)
             classifier = LogisticRegression(few.values, few.labels, classes, partitioner).fit(strengths[-1])
             accuracies[row, column] = accuracy(classifier.scores(splits.test.values), splits.test.labels)
-    return FewShotResult(splits.dataset, shots, accuracies, tuple(strengths), zero_shot.metrics["acc1"])
+    return FewShotResult(splits.dataset, shots, accuracies, tuple(strengths), zero_shot)
 
 
 def draw(train: Features, shots: int, seed: int) -> Features:

@@ -6,12 +6,12 @@ to both together and judged on the test split.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from jaxtyping import Float, Int
 from scipy.special import log_softmax
+from tqdm import tqdm
 
 from clip_jax.data.example import Source
 from clip_jax.errors import UserError
@@ -60,6 +60,7 @@ class LinearProbeResult:
     scores: Float[np.ndarray, "n classes"]
     labels: Int[np.ndarray, "n"]
     strength: float
+    task: ClassVar[str] = "linear_probe"
 
     def __post_init__(self):
         check_scores(self.scores, self.labels, self.dataset.name)
@@ -67,20 +68,34 @@ class LinearProbeResult:
     @property
     def metrics(self) -> dict[str, float]:
         """As CLIP_benchmark names them, and λ."""
-        metrics = classification_metrics(self.scores, self.labels)
+        metrics = classification_metrics(self.scores, self.labels, self.dataset.metric)
         return {**{f"lp_{name}": value for name, value in metrics.items()}, "lp_strength": self.strength}
 
 
-def extract_splits(
-    encoders: Encoders, variables: Variables, dataset: EvaluationSet, folder: Path, progress: bool = True
-) -> Splits:
+def linear_probe(
+    encoders: Encoders, variables: Variables, dataset: EvaluationSet, progress: bool = True
+) -> LinearProbeResult:
+    """Extract a data set's features, fit a classifier to them and judge it.
+
+    Args:
+      encoders: of the model.
+      variables: its weights.
+      dataset: with a training split.
+      progress: show bars.
+
+    Raises:
+      UserError: see `extract_splits` and `fit_probe`.
+    """
+    return fit_probe(extract_splits(encoders, variables, dataset, progress), encoders.partitioner, progress)
+
+
+def extract_splits(encoders: Encoders, variables: Variables, dataset: EvaluationSet, progress: bool = True) -> Splits:
     """The features of a data set's splits; without a validation split, a fifth of each class is taken from training.
 
     Args:
       encoders: of the model.
       variables: its weights.
       dataset: with a training split.
-      folder: where features are kept.
       progress: show bars.
 
     Raises:
@@ -89,7 +104,7 @@ def extract_splits(
     if dataset.train is None:
         raise UserError(f"{dataset.name} has no training split, which a linear probe needs")
     train, validation, test = (
-        source and extract(encoders, variables, source, folder, progress)
+        source and extract(encoders, variables, source, progress)
         for source in (_opened(dataset, dataset.train), _opened(dataset, dataset.validation), dataset.source)
     )
     if validation is None:
@@ -113,20 +128,22 @@ def _opened(dataset: EvaluationSet, split: Callable[[], Source] | None) -> Sourc
     return source
 
 
-def linear_probe(splits: Splits, partitioner: Partitioner) -> LinearProbeResult:
+def fit_probe(splits: Splits, partitioner: Partitioner, progress: bool = True) -> LinearProbeResult:
     """Choose the regularisation, fit to training and validation examples, classify the test images.
 
     Raises:
       UserError: features that are not finite, examples without labels, or all of one class.
     """
     classes = len(splits.dataset.class_names)
-    strength = choose_strength(splits.train, splits.validation, classes, partitioner)
+    strength = choose_strength(splits.train, splits.validation, classes, partitioner, progress)
     both = splits.train + splits.validation
     classifier = LogisticRegression(both.values, both.labels, classes, partitioner).fit(strength)
     return LinearProbeResult(splits.dataset, classifier.scores(splits.test.values), splits.test.labels, strength)
 
 
-def choose_strength(train: Features, validation: Features, classes: int, partitioner: Partitioner) -> float:
+def choose_strength(
+    train: Features, validation: Features, classes: int, partitioner: Partitioner, progress: bool = True
+) -> float:
     """The regularisation with the highest accuracy on validation examples, of equals that with the lowest loss.
 
     Every fit begins at zero, so that it does not depend on those before it.
@@ -134,11 +151,13 @@ def choose_strength(train: Features, validation: Features, classes: int, partiti
     regression = LogisticRegression(train.values, train.labels, classes, partitioner)
 
     def quality(strength: float) -> tuple[float, float]:
+        bar.update()
         scores = regression.fit(strength).scores(validation.values)
         own = np.take_along_axis(log_softmax(scores, axis=1), validation.labels[:, None], axis=1)
         return accuracy(scores, validation.labels), float(own.mean())
 
-    return search(quality)
+    with tqdm(desc="regularisation", unit="fit", disable=not progress) as bar:
+        return search(quality)
 
 
 def search(quality: Callable[[float], Any]) -> float:

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -37,14 +37,15 @@ class ZeroShotResult:
     dataset: EvaluationSet
     scores: Float[np.ndarray, "n classes"]
     labels: Int[np.ndarray, "n"]
+    task: ClassVar[str] = "zeroshot_classification"  # as CLIP_benchmark calls it
 
     def __post_init__(self):
         check_scores(self.scores, self.labels, self.dataset.name)
 
     @property
     def metrics(self) -> dict[str, float]:
-        """Top-1, top-5 and mean per-class recall."""
-        return classification_metrics(self.scores, self.labels)
+        """Top-1, top-5, mean per-class recall, and the data set's own metric."""
+        return classification_metrics(self.scores, self.labels, self.dataset.metric)
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,7 @@ class Encoders:
 
     Attributes:
       model: whose.
+      partitioner: of the mesh.
       preprocess: the model's image preprocessing.
       tokenizer: of the model.
       encode_images: (variables, uint8 images (n, R, R, 3)) -> unit vectors.
@@ -61,6 +63,7 @@ class Encoders:
     """
 
     model: CLIP
+    partitioner: Partitioner
     preprocess: Preprocess
     tokenizer: Tokenizer
     encode_images: Encode
@@ -86,6 +89,7 @@ def make_encoders(model: CLIP, partitioner: Partitioner) -> Encoders:
 
     return Encoders(
         model,
+        partitioner,
         preprocess,
         make_tokenizer(config.text),
         _in_batches(encode_images, partitioner),
