@@ -15,6 +15,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 from scipy.optimize import minimize
+from threadpoolctl import threadpool_limits
 
 from clip_jax.errors import UserError
 from clip_jax.parallel import Partitioner
@@ -105,7 +106,8 @@ class LogisticRegression:
 
         # As scikit-learn calls it.
         options = {"maxiter": max_iterations, "maxls": 50, "gtol": tolerance, "ftol": 64 * np.finfo(float).eps}
-        found = minimize(objective, np.zeros(np.prod(shape)), method="L-BFGS-B", jac=True, options=options)
+        with threadpool_limits(1, "blas"):  # several would wait in a loop for each other, on cores that XLA needs
+            found = minimize(objective, np.zeros(np.prod(shape)), method="L-BFGS-B", jac=True, options=options)
         weights, bias = np.split(found.x.reshape(shape).astype(self._features.dtype), [-1])
         return LinearClassifier(weights, bias[0], self._trained, self._classes)
 

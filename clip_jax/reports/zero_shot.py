@@ -35,7 +35,8 @@ def write_report(
       path: the HTML file; its folder is created.
       title: heading.
       metrics: the lines of metrics.jsonl; empty if the model was not trained here.
-      results: one section each of zero-shot classification, one row each of retrieval and probes, one curve of few-shot.
+      results: one section each of zero-shot classification, one row each of retrieval and linear probes, and one
+        picture of all few-shot curves.
     """
     classified = [result for result in results if isinstance(result, ZeroShotResult)]
     retrieved = [result for result in results if isinstance(result, RetrievalResult)]
