@@ -60,7 +60,7 @@ def parse(
         "--help_config", action=_HelpConfig, nargs=0, help="print every field of a config, with its default"
     )
     flags, rest = parser.parse_known_args(argv)
-    overrides = _assignments(rest, parser)
+    overrides = assignments(rest, parser, "config")
     if overrides and flags.config is None:
         raise UserError(f"--config.{next(iter(overrides))} overrides a value of a config; give --config NAME too")
     return flags, load_config(flags.config, overrides) if flags.config is not None else None
@@ -87,6 +87,17 @@ def load_config(name: str, overrides: Mapping[str, str] | None = None) -> "RunCo
     for field, text in (overrides or {}).items():
         values = options.override(RunConfig, values, field, text, origin)
     return options.from_dict(RunConfig, values, origin)
+
+
+def assignments(rest: Sequence[str], parser: argparse.ArgumentParser, group: str) -> dict[str, str]:
+    """Arguments that set fields of a group: ["--config.a=1", "--config.b", "2"] -> {"a": "1", "b": "2"}."""
+    pairs, arguments = {}, iter(rest)
+    for argument in arguments:
+        if not argument.startswith(f"--{group}."):
+            parser.error(f"unrecognized argument: {argument}")
+        field, equals, value = argument.removeprefix(f"--{group}.").partition("=")
+        pairs[field] = value if equals else next(arguments, "")
+    return pairs
 
 
 def _file_values(name: str) -> dict[str, Any]:
@@ -119,17 +130,6 @@ def _place(error: Exception, path: Path) -> str:
         return f"{error.filename}:{error.lineno}"
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
     return f"{path}:{lines[-1]}" if lines else str(path)
-
-
-def _assignments(rest: Sequence[str], parser: argparse.ArgumentParser) -> dict[str, str]:
-    """["--config.a=1", "--config.b", "2"] -> {"a": "1", "b": "2"}."""
-    pairs, arguments = {}, iter(rest)
-    for argument in arguments:
-        if not argument.startswith("--config."):
-            parser.error(f"unrecognized argument: {argument}")
-        field, equals, value = argument.removeprefix("--config.").partition("=")
-        pairs[field] = value if equals else next(arguments, "")
-    return pairs
 
 
 class _HelpConfig(argparse.Action):

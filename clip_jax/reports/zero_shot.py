@@ -1,6 +1,5 @@
 """A self-contained HTML page about a trained model: what it learned, what it sees, where it errs."""
 
-import base64
 import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,11 +10,11 @@ import numpy as np
 from jaxtyping import Int
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from PIL import Image
 
 from clip_jax.evaluation.metrics import confusion_matrix
 from clip_jax.evaluation.zero_shot import ZeroShotResult
 from clip_jax.processing.images import open_image
+from clip_jax.processing.thumbnails import data_url, thumbnail
 
 SAMPLES = 12  # images shown with their prediction
 MATRIX = 8  # images and texts in the similarity matrix
@@ -150,19 +149,10 @@ def _spread(indices: Int[np.ndarray, "n"], count: int) -> Int[np.ndarray, "m"]:
 
 
 def _thumbnail(result: ZeroShotResult, index: int) -> str:
-    image = open_image(result.dataset.source[index].image).convert("RGB")
-    scale = THUMBNAIL / max(image.size)
-    size = tuple(max(1, round(side * scale)) for side in image.size)
-    buffer = io.BytesIO()
-    image.resize(size, Image.Resampling.NEAREST if scale > 1 else Image.Resampling.BICUBIC).save(buffer, "PNG")
-    return _data_url(buffer)
+    return thumbnail(open_image(result.dataset.source[index].image).convert("RGB"), THUMBNAIL)
 
 
 def _figure_url(figure: Figure) -> str:
     buffer = io.BytesIO()
     FigureCanvasAgg(figure).print_png(buffer)
-    return _data_url(buffer)
-
-
-def _data_url(png: io.BytesIO) -> str:
-    return "data:image/png;base64," + base64.b64encode(png.getvalue()).decode()
+    return data_url(buffer)
