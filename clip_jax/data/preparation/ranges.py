@@ -10,7 +10,7 @@ import uuid
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -130,7 +130,7 @@ class ShardStage:
             _write_records(part, _records(job, number, result, tick))
             result.file_size = os.path.getsize(part)
         with whole_file(job.path(self.name, number, "json")) as part, open(part, "w", encoding="utf-8") as file:
-            json.dump(asdict(result), file)
+            json.dump(vars(result), file)
 
 
 def summary(job: Job, number: int) -> Summary:
@@ -220,7 +220,8 @@ def _serializer(job: Job) -> Callable[[Example], bytes]:
     def serialize(example: Example) -> bytes:
         values = {"image": io.BytesIO(example.image), "captions": list(example.captions), "key": example.key}
         label = {} if example.label is None else {"label": example.label}
-        return serializer.serialize_example(features.encode_example(values | label))
+        proto = serializer.get_tf_example(features.encode_example(values | label))
+        return proto.SerializeToString(deterministic=True)  # else the order of fields differs between processes
 
     return serialize
 

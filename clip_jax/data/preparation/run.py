@@ -95,7 +95,8 @@ def _run_stage(stage: Stage, verb: str, job: Job, runner: Runner, check: OnDone)
 
 
 def _first_damage(job: Job, number: int) -> str:
-    return next((message for _, reason, _, message in summary(job, number).shown if reason in REASONS), "it")
+    shown = summary(job, number).shown
+    return next((f"{key}: {message}" for _, reason, key, message in shown if reason in REASONS), "those before")
 
 
 @contextmanager
