@@ -267,7 +267,7 @@ def test_hostile_samples_are_counted_and_left_out(tmp_path, monkeypatch):
     start = bomb.index(b"IHDR") + 4
     bomb = bomb[:start] + size + size + bomb[start + 8 :]
     bad = {
-        "jpg": [b"<html>not found</html>", b"\xff\xd8\xff", photo(1)[:500], bomb, b"GIF89a" + bytes(50)],
+        "jpg": [b"<html>not found</html>", b"\xff\xd8\xff", photo(1)[:-200], bomb, b"GIF89a" + bytes(50)],
         "txt": [b"caf\xe9", b" "],
     }
     with tarfile.open(tmp_path / "a.tar", "w") as archive:
@@ -346,7 +346,7 @@ def undisturbed(sources, tmp_path_factory):
     return contents(folder)
 
 
-def test_a_killed_preparation_goes_on_and_ends_with_the_same_files(sources, tmp_path, undisturbed):
+def test_a_killed_preparation_goes_on_and_ends_with_the_same_files(sources, tmp_path, undisturbed, monkeypatch):
     command = [sys.executable, "-c", KILLED, str(sources / "photos"), str(tmp_path), *OPTIONS, "--processes=1"]
     assert subprocess.run(command, stderr=subprocess.DEVNULL).returncode == -signal.SIGKILL
     shards = tmp_path / "mine/incomplete.1.0.0/shards"
@@ -356,7 +356,11 @@ def test_a_killed_preparation_goes_on_and_ends_with_the_same_files(sources, tmp_
         call(sources / "photos", tmp_path, *OPTIONS, "--max_side=0")
     with pytest.raises(UserError, match=r"prepared otherwise: source 'folder', now 'tar', .*source.path"):
         call(f"{sources}/*.tar", tmp_path, *OPTIONS)
+    with monkeypatch.context() as patch, pytest.raises(TypeError):
+        patch.setattr(run, "total", None)
+        call(sources / "photos", tmp_path, *OPTIONS)
     assert {path: path.stat().st_mtime_ns for path in times} == times
+    assert len(list(shards.iterdir())) == 2 * 6  # nothing half-written is left
     call(sources / "photos", tmp_path, *OPTIONS)
     assert contents(tmp_path) == undisturbed
 

@@ -109,7 +109,7 @@ class Beam:
         try:
             with beam.Pipeline(options=self._options) as pipeline:
                 ranges = pipeline | beam.Create(numbers) | beam.Reshuffle()
-                ranges | beam.Map(functools.partial(_run_in_beam, stage, job))
+                ranges | stage.name >> beam.Map(functools.partial(_run_in_beam, stage, job))
         except Exception as error:  # whatever a worker raised, as a runner wraps it
             reason = str(error).strip().splitlines()[-1:] or [type(error).__name__]
             raise UserError(f"the Beam pipeline failed, its log stands above: {reason[0]}") from error
