@@ -1,7 +1,8 @@
 """What can be wrong with stored samples, by name, so that damage can be counted as well as refused."""
 
+from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 from clip_jax.errors import UserError
 
@@ -17,6 +18,9 @@ REASONS = {
     "caption": "a caption that is missing, empty or not UTF-8",
     "unreadable": "anything else that a source refuses",
 }
+
+
+NO_CAPTION = "expected at least one caption, got none"
 
 
 class Damaged(UserError):
@@ -35,6 +39,11 @@ class Damaged(UserError):
         return type(self), (self.reason, str(self))
 
 
+def counted(damage: Counter[str]) -> str:
+    """Damage in words: "3 image, 1 cut"."""
+    return ", ".join(f"{damage[reason]} {reason}" for reason in REASONS if damage[reason])
+
+
 @contextmanager
 def naming(where: str) -> Iterator[None]:
     """Say which file, offset and key an error of a user's data comes from; every such error leaves as `Damaged`."""
@@ -47,3 +56,17 @@ def naming(where: str) -> Iterator[None]:
     except Exception as error:
         error.add_note(f"while reading {where}")
         raise
+
+
+def of_example(key: str) -> AbstractContextManager[None]:
+    """Say which example an error comes from by its key, if it has one."""
+    return naming(f"key {key!r}") if key else nullcontext()
+
+
+@contextmanager
+def image_damage() -> Iterator[None]:
+    """What images are refused for leaves as damage of that kind."""
+    try:
+        yield
+    except UserError as error:
+        raise Damaged("image", str(error)) from error

@@ -49,6 +49,21 @@ def find(pattern: str) -> list[File]:
     return [files[path] for path in sorted(files)]
 
 
+def one(path: str) -> File:
+    """The file of a path, in which no character has a special meaning.
+
+    Raises:
+      UserError: it is missing.
+    """
+    if not is_remote(path):
+        return _local(path, magic=False)[0]
+    try:
+        with reachable(path):
+            return _remote(path, file_system(path).info(path))
+    except OSError as error:
+        raise UserError(f"{path} cannot be opened: {error}") from error
+
+
 def is_remote(path: str) -> bool:
     """Whether a path is a URL, of a bucket for instance."""
     return "://" in path

@@ -26,6 +26,8 @@ from clip_jax.data.sources import SOURCES, SourceConfig, source_config
 from clip_jax.errors import UserError
 from clip_jax.options import override, walk
 
+_PAGE = "report.html"
+
 _SUFFIXES = {
     ".tar": "tar",
     ".tar.gz": "tar",
@@ -75,9 +77,14 @@ def prepare(kind: str, config: SourceConfig, options: Options, destination: Dest
       UserError: the source or the destination cannot be used, or too little can be kept.
     """
     from clip_jax.data.preparation.run import run  # imports TFDS
+    from clip_jax.reports.preparation import write_preparation
 
     job = make_job(kind, config, options, destination.unfinished)
-    run(job, destination, runner)
+
+    def write_page(folder: str) -> None:
+        write_preparation(os.path.join(folder, _PAGE), destination.name, report.read(folder), job.source)
+
+    run(job, destination, runner, write_page)
     _say_what_is_next(destination)
 
 
@@ -136,7 +143,7 @@ def _say_what_is_next(destination: Destination) -> None:
     values = report.read(destination.finished)
     left_out = f"; left out: {report.words(values['left_out'])}" if values["left_out"] else ""
     print(f"{values['kept']:,} of {values['samples']:,} samples are in {destination.finished}{left_out}")
-    print(f"What was left out, with samples: {os.path.join(destination.finished, report.HTML)}")
+    print(f"What was left out, with samples: {os.path.join(destination.finished, _PAGE)}")
     fields = {"name": destination.name, "split": destination.split, "data_dir": destination.data_dir}
     print(f"In training:  {shlex.quote('--config.data=' + json.dumps({'tfds': fields}))}")
     print(

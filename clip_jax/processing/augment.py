@@ -120,8 +120,11 @@ def _random_crop(image: Image.Image, rng: np.random.Generator, preprocess: Prepr
     """A square of the resized image, from anywhere evenly: CLIP's only augmentation (section 2.3 of the paper)."""
     size, side = preprocess.resized_size(image.size), preprocess.image_resolution
     left, top = (int(rng.integers(length - side + 1)) for length in size)
-    resized = decode(image, min(size)).resize(size, preprocess.filter)
-    return resized.crop((left, top, left + side, top + side))
+    image = decode(image, min(size))
+    # Only the square is resized, a quarter less work for a photograph; its pixels are the same within one level.
+    to_stored = [stored / resized for stored, resized in zip(image.size * 2, size * 2, strict=True)]
+    box = [edge * scale for edge, scale in zip((left, top, left + side, top + side), to_stored, strict=True)]
+    return image.resize((side, side), preprocess.filter, box)
 
 
 def _brightness(image: Image.Image, factor: float) -> Image.Image:

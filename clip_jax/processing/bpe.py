@@ -39,7 +39,7 @@ _WORD = regex.compile(
 
 # Characters that are read of a text that may be truncated, for each token of its row: eight times the longest piece of
 # the vocabulary. Captions of megabytes occur, and would take minutes and gigabytes.
-_READ_PER_TOKEN = 256
+READ_PER_TOKEN = 256
 
 _CACHED_CHUNKS = 2**16
 _CACHED_CHUNK_LENGTH = 64  # longer chunks hardly repeat, and would let hostile text fill the memory
@@ -86,7 +86,7 @@ def tokenize(
     tokens = np.zeros((len(texts), context_length), np.int32)
     for row, text in zip(tokens, texts, strict=True):
         if truncate:
-            text = text[: _READ_PER_TOKEN * context_length]
+            text = text[: READ_PER_TOKEN * context_length]
         ids = [START_OF_TEXT, *encode(text, lowercase), END_OF_TEXT]
         if len(ids) > context_length:
             if not truncate:

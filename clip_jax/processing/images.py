@@ -177,6 +177,8 @@ def to_rgb(image: Image.Image) -> Image.Image:
     Raises:
       UserError: its mode has no RGB equivalent.
     """
+    if image.mode == "RGB":
+        return image
     image.info.pop("transparency", None)  # it changes no RGB value, but Pillow warns that it gets lost
     try:
         return image.convert("RGB")

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 
+from clip_jax.data.access import Access
 from clip_jax.data.pipeline import InputConfig
 from clip_jax.data.sources import source_config
 from clip_jax.errors import UserError
@@ -26,7 +27,7 @@ class RunConfig:
     model: CLIPConfig = option(help="the architecture: its fields, or an official name such as ViT-B/32")
     data: Mapping[str, Mapping[str, Any]] = option({}, "sources to train on by name, each with its fields and a weight")
     input: InputConfig = inline(InputConfig())
-    data_dir: str = option("", "where prepared data sets are; empty for TFDS's own default", may_change=True)
+    access: Access = inline(Access())
     augment: Augment = option(Augment(), "how training varies its images")
     eval_datasets: tuple[str, ...] = option((), "what evaluation measures", may_change=True)
     seed: int = option(0, "of the first weights and of the order of the data")

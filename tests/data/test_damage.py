@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from clip_jax.data import tar, tfrecord
+from clip_jax.data.access import Access
 from clip_jax.data.damage import REASONS, Damaged
 from clip_jax.data.order import replacement_index, sample_index
 from clip_jax.data.pipeline import InputConfig, TrainBatches
@@ -133,7 +134,7 @@ READING = {
 
 
 def open_tar(path):
-    return source_config("tar", {"path": str(path), "block": 1}).open("")
+    return source_config("tar", {"path": str(path), "block": 1}).open(Access())
 
 
 def delivered(source, config, epochs=1):
@@ -243,7 +244,7 @@ def test_a_flipped_bit_of_a_record_is_seen(tmp_path):
     write_tfrecord(tmp_path / "a.tfrecord", range(COUNT))
     path = tmp_path / "a.tfrecord"
     path.write_bytes(flipped(path.read_bytes(), 5000))
-    source = source_config("tfrecord", {"path": str(path), "block": 1}).open("")
+    source = source_config("tfrecord", {"path": str(path), "block": 1}).open(Access())
     numbers, counted = delivered(source, SKIP)
     assert counted == {"checksum": 1} and len(numbers) == COUNT
     with pytest.raises(UserError, match=r"a\.tfrecord, offset \d+: the record does not match its checksum"):
@@ -321,6 +322,6 @@ def test_ten_thousand_mutations_raise_nothing_else_and_take_no_memory():
 def test_a_deeply_nested_json_member_is_damage(tmp_path):
     content = tar_bytes(content=lambda index: members(index) | {"json": b"[" * 200_000})
     (tmp_path / "a.tar").write_bytes(content)
-    source = source_config("tar", {"path": str(tmp_path / "a.tar"), "caption_field": "alt", "block": 1}).open("")
+    source = source_config("tar", {"path": str(tmp_path / "a.tar"), "caption_field": "alt", "block": 1}).open(Access())
     with pytest.raises(Damaged, match="its json is damaged"):
         source[0]

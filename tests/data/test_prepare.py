@@ -11,6 +11,8 @@ import tarfile
 from pathlib import Path
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
@@ -18,6 +20,7 @@ from tensorflow_datasets.proto import tf_example_pb2
 
 from clip_jax import cli
 from clip_jax.data import prepare
+from clip_jax.data.access import Access
 from clip_jax.data.preparation import ranges, run
 from clip_jax.data.preparation.duplicates import HASH, duplicates
 from clip_jax.data.sources import source_config
@@ -37,7 +40,7 @@ def call(source, destination, *options, processes=1):
     training = next(line for line in said.getvalue().splitlines() if line.startswith("In training:"))
     (override,) = shlex.split(training.removeprefix("In training:"))
     fields = cli.load_config("demo", {"data": override.removeprefix("--config.data=")}).data["tfds"]
-    return source_config("tfds", fields).open("")
+    return source_config("tfds", fields).open(Access())
 
 
 def examples(source):
@@ -95,20 +98,26 @@ def sources(tmp_path_factory):
     write_tar(folder / "00001.tar", range(15, COUNT))
     records = [tf_example(jpg=photo(k), txt=caption(k).encode(), key=f"{k:08}".encode()) for k in range(COUNT)]
     (folder / "all.tfrecord").write_bytes(b"".join(map(record, records)))
+    rows = [(f"photos/{index:08}.jpg", caption(index)) for index in range(COUNT)]
+    (folder / "list.csv").write_text("filepath,caption\n" + "".join(f"{path},{text}\n" for path, text in rows))
+    columns = {"image": [photo(index) for index in range(COUNT)], "caption": [text for _, text in rows]}
+    pyarrow.parquet.write_table(pyarrow.table(columns), folder / "all.parquet")
     return folder
 
 
-@pytest.mark.parametrize("name", ["photos", "tar:{}/0000{{0..1}}.tar", "all.tfrecord"])
+@pytest.mark.parametrize("name", ["photos", "tar:{}/0000{{0..1}}.tar", "all.tfrecord", "list.csv", "all.parquet"])
 def test_each_format_comes_back_as_it_was(sources, tmp_path, name):
     source = name.format(sources) if ":" in name else sources / name
     prepared = call(source, tmp_path, "--name=mine", "--samples_per_shard=9")
     assert [example.image for example in examples(prepared)] == [photo(index) for index in range(COUNT)]
     assert [example.captions for example in examples(prepared)] == [(caption(index),) for index in range(COUNT)]
+    original = prepare.parse_source(str(source), {})[1].open(Access())
+    assert [example.key for example in examples(prepared)] == [example.key for example in examples(original)]
     records = tfds.data_source("mine", split="train", data_dir=tmp_path)
     for index, found in enumerate(records):
         np.testing.assert_array_equal(found["image"], pixels(photo(index)))
         assert [text.decode() for text in found["captions"]] == [caption(index)]
-        assert f"{index:08}" in found["key"].decode()
+        assert found["key"].decode() == original[index].key
     info = tfds.builder_from_directory(tmp_path / "mine/1.0.0").info
     assert info.splits["train"].shard_lengths == [9, 9, 5]
     assert report_of(tmp_path)["left_out"] == {}
@@ -116,11 +125,21 @@ def test_each_format_comes_back_as_it_was(sources, tmp_path, name):
 
 def test_labels_keep_their_names(photos_dir, tmp_path):
     prepared = call("tfds:tiny_photos", tmp_path, f"--source.data_dir={photos_dir}", "--source.split=test")
-    original = source_config("tfds", {"name": "tiny_photos", "split": "test", "data_dir": photos_dir}).open("")
+    original = source_config("tfds", {"name": "tiny_photos", "split": "test", "data_dir": photos_dir}).open(Access())
     assert prepared.name == "my_tiny_photos/1.0.0/test"
     assert prepared.class_names == ("cat", "dog")
     for got, wanted in zip(examples(prepared), examples(original), strict=True):
         assert (got.image, got.captions, got.label) == (wanted.image, wanted.captions, wanted.label)
+
+
+def test_classes_come_with_captions_by_template(tmp_path):
+    for number, name in enumerate(("cat", "polar_bear", "cat")):
+        (tmp_path / "animals" / name).mkdir(parents=True, exist_ok=True)
+        (tmp_path / "animals" / name / f"{number}.jpg").write_bytes(photo(number))
+    prepared = call(tmp_path / "animals", tmp_path / "out", "--source.templates=a photo of a {}.,a {}")
+    assert prepared.class_names == ("cat", "polar bear")
+    assert [example.label for example in examples(prepared)] == [0, 0, 1]
+    assert prepared[2].captions == ("a photo of a polar bear.", "a polar bear")
 
 
 def test_numbers_are_labels_too(tmp_path):
@@ -137,7 +156,7 @@ def test_numbers_are_labels_too(tmp_path):
 
 def test_pictures_without_files_are_stored_without_loss(tmp_path):
     prepared = call("digits:test", tmp_path)
-    original = source_config("digits", {"split": "test"}).open("")
+    original = source_config("digits", {"split": "test"}).open(Access())
     for got, wanted in zip(examples(prepared), examples(original), strict=True):
         np.testing.assert_array_equal(pixels(got.image), np.asarray(wanted.image))
         assert (got.captions, got.label) == (wanted.captions, wanted.label)
@@ -324,6 +343,7 @@ OPTIONS = ("--samples_per_shard=4", "--dedup=perceptual", "--max_side=25", "--na
 KILLED = """
 import os, signal, sys
 from clip_jax.data import prepare
+from clip_jax.data.access import Access
 from clip_jax.data.preparation import ranges
 
 original, calls = ranges.prepare, []

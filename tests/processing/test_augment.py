@@ -56,7 +56,7 @@ def test_random_square_reaches_every_place_evenly(size):
     counts = np.zeros(7)
     for _ in range(700):
         square = Augment()(image, rng, Preprocess(6))
-        counts += [np.array_equal(square, place) for place in places]
+        counts += [np.abs(square.astype(int) - place).max() <= 1 for place in places]
     assert counts.sum() == 700
     assert counts.min() > 60
 

@@ -6,6 +6,7 @@ import os
 from dataclasses import dataclass
 from typing import Any
 
+from clip_jax.data.access import Access
 from clip_jax.data.damage import Damaged
 from clip_jax.data.example import Source
 from clip_jax.data.sources import SourceConfig
@@ -150,4 +151,4 @@ def make_job(kind: str, config: SourceConfig, options: Options, folder: str) -> 
 
 @functools.lru_cache(1)
 def _opened(config: SourceConfig) -> Source:
-    return config.open("")
+    return config.open(Access())

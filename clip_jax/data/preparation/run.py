@@ -5,7 +5,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -37,22 +37,28 @@ _PLAN, _LOCK, _DATASET = "plan.json", "lock", "dataset"
 _FEW = 10  # damaged samples that no preparation stops for
 
 
-def run(job: Job, destination: Destination, runner: Runner) -> None:
+def run(job: Job, destination: Destination, runner: Runner, on_report: Callable[[str], None]) -> None:
     """Make the data set, or what is missing of it.
+
+    Args:
+      job: what is made.
+      destination: where it goes.
+      runner: who works.
+      on_report: called with the folder in which the report stands, before that gets its name.
 
     Raises:
       UserError: the destination holds something else, or cannot be written; too many samples are damaged; none is left.
     """
     if os.path.lexists(destination.finished):
-        _check_same(job, os.path.join(destination.finished, report.JSON), destination.finished)
+        _check_same(job, os.path.join(destination.finished, report.FILE), destination.finished)
         logger.info("%s is prepared already", destination.finished)
     else:
         with _workplace(job, destination):
-            _work(job, destination, runner)
+            _work(job, destination, runner, on_report)
     shutil.rmtree(destination.unfinished, ignore_errors=True)
 
 
-def _work(job: Job, destination: Destination, runner: Runner) -> None:
+def _work(job: Job, destination: Destination, runner: Runner, on_report: Callable[[str], None]) -> None:
     if job.options.dedup != "none":
         _run_stage(HashStage(), "hashing", job, runner, lambda number: None)
         decide_duplicates(job)
@@ -77,7 +83,8 @@ def _work(job: Job, destination: Destination, runner: Runner) -> None:
         raise UserError(f"none of the {job.shape.samples} samples is left: {report.words(everything.left_out)}")
     folder = os.path.join(job.folder, _DATASET)
     os.makedirs(folder, exist_ok=True)
-    report.write(folder, job, everything, destination.name)
+    report.write(folder, job, everything)
+    on_report(folder)
     assemble(job, destination, summaries, folder)
     os.replace(folder, destination.finished)
 
