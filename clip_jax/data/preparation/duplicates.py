@@ -15,7 +15,7 @@ from clip_jax.data.preparation.samples import decode_rgb, open_checked, prepare_
 HASH = np.dtype([("known", "?"), ("high", "<u8"), ("low", "<u8")])
 
 _HASHED_SIDE = 64  # pixels, of which the perceptual hash takes 32: enough to decode large JPEGs at an eighth
-_ROWS = 1024  # hashes that are compared with all others of their band at a time
+_COMPARED = 2**23  # pairs of hashes at a time, which bounds the memory
 
 
 def image_hash(example: Example, shape: Shape, options: Options) -> tuple[bool, int, int]:
@@ -63,7 +63,7 @@ def _mark_near(
     repeats: Int64[np.ndarray, "n"], distinct: Int64[np.ndarray, "m"], low: UInt64[np.ndarray, "n"], distance: int
 ) -> None:
     """Let samples repeat those that are near, of the samples with distinct hashes; their own repetitions follow."""
-    pairs = np.array(sorted(set(_near_pairs(low[distinct], distance))), np.int64).reshape(-1, 2)
+    pairs = np.unique(np.concatenate(list(_near_pairs(low[distinct], distance))), axis=0)
     for later, earlier in distinct[pairs].tolist():
         if repeats[later] < 0 and repeats[earlier] < 0:
             repeats[later] = earlier
@@ -71,23 +71,24 @@ def _mark_near(
     np.copyto(repeats, followed, where=(repeats >= 0) & (followed >= 0))
 
 
-def _near_pairs(low: UInt64[np.ndarray, "m"], distance: int) -> Iterator[tuple[int, int]]:
-    """Pairs (later, earlier) of hashes that differ in at most `distance` bits.
+def _near_pairs(low: UInt64[np.ndarray, "m"], distance: int) -> Iterator[Int64[np.ndarray, "k 2"]]:
+    """Pairs (later, earlier) of hashes that differ in at most `distance` bits; a pair may come several times.
 
     Of distance + 1 bands of bits, such hashes have one in common (the pigeonhole principle), so only hashes with an
     equal band are compared.
     """
-    bounds = np.linspace(0, 64, distance + 2).astype(int).tolist()
-    for start, end in itertools.pairwise(bounds):
+    yield np.zeros((0, 2), np.int64)
+    for start, end in itertools.pairwise(np.linspace(0, 64, distance + 2).astype(int).tolist()):
         band = low << np.uint64(64 - end) >> np.uint64(64 - end + start)
-        order = np.argsort(band, kind="stable")
+        order = np.argsort(band, kind="stable")  # so that each group is in the order of the samples
         for group in np.split(order, np.flatnonzero(np.diff(band[order])) + 1):
-            for row in range(0, len(group) if len(group) > 1 else 0, _ROWS):
-                rows = group[row : row + _ROWS]
-                near = np.bitwise_count(low[rows][:, None] ^ low[group][None]) <= distance
-                later, earlier = rows[:, None], group[None]
-                for i, j in zip(*np.nonzero(near & (later > earlier)), strict=True):
-                    yield int(rows[i]), int(group[j])
+            step = max(1, _COMPARED // max(1, len(group)))
+            for row in range(1, len(group), step):
+                later, earlier = group[row : row + step], group[: row + step]
+                near = np.bitwise_count(low[later][:, None] ^ low[earlier]) <= distance
+                rows, columns = np.nonzero(near & (earlier < later[:, None]))
+                if len(rows):
+                    yield np.stack([later[rows], earlier[columns]], axis=1)
 
 
 def _content(image: bytes | Image.Image) -> bytes:

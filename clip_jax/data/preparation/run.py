@@ -82,11 +82,14 @@ def _work(job: Job, destination: Destination, runner: Runner, on_report: Callabl
             os.rmdir(destination.folder)
         raise UserError(f"none of the {job.shape.samples} samples is left: {report.words(everything.left_out)}")
     folder = os.path.join(job.folder, _DATASET)
-    os.makedirs(folder, exist_ok=True)
-    report.write(folder, job, everything)
-    on_report(folder)
-    assemble(job, destination, summaries, folder)
-    os.replace(folder, destination.finished)
+    try:
+        os.makedirs(folder, exist_ok=True)
+        report.write(folder, job, everything)
+        on_report(folder)
+        assemble(job, destination, summaries, folder)
+        os.replace(folder, destination.finished)
+    except OSError as error:
+        raise UserError(f"cannot write {folder}: {error.strerror or error}") from error
 
 
 def _run_stage(stage: Stage, verb: str, job: Job, runner: Runner, check: OnDone) -> None:
