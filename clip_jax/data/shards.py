@@ -20,14 +20,13 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass
 from threading import Lock
-from typing import BinaryIO
 
 import numpy as np
 from jaxtyping import Shaped
 from tqdm import tqdm
 
 from clip_jax.data import files
-from clip_jax.data.damage import Damaged, naming
+from clip_jax.data.damage import Damaged, Unreachable, naming
 from clip_jax.data.files import File
 from clip_jax.errors import UserError
 
@@ -187,7 +186,7 @@ def load_index(shard: File, scan: Scan, index_dir: str = "") -> Index:
         try:
             files.write(files.join(place, name), _packed(index, shard))
             break
-        except OSError as error:
+        except (OSError, Unreachable) as error:
             logger.debug("no index in %s: %s", place, error)
     return index
 
@@ -231,14 +230,14 @@ def _make_index(shard: File, scan: Scan, content: str) -> Index:
     with naming(shard.path):
         damage = _unpack(shard, content) if content != shard.path else []
         size = os.stat(content).st_size if content != shard.path else shard.size
-        spans, found = scan(_reader(content), size)
+        spans, found = scan(_reader(content, size), size)
     if size:  # of what gzip spoils, the scan says where it hurts
         damage = found or damage
     damage = [Damaged(item.reason, f"{shard.path}, {item}") for item in damage or found]
     return Index(content, np.array(spans, SPAN), tuple(damage))
 
 
-def _reader(path: str) -> Read:
+def _reader(path: str, length: int) -> Read:
     """Reads ranges of a file; of one in a bucket, pieces ahead, because a scan goes from front to back."""
     if not files.is_remote(path):
         return functools.partial(files.read, path)
@@ -246,8 +245,9 @@ def _reader(path: str) -> Read:
 
     def read(offset: int, size: int) -> bytes:
         nonlocal piece, start
+        size = max(0, min(size, length - offset))
         if not start <= offset <= offset + size <= start + len(piece):
-            piece, start = files.read(path, offset, max(size, _READ_AHEAD)), offset
+            piece, start = files.read(path, offset, min(max(size, _READ_AHEAD), length - offset)), offset
         return piece[offset - start : offset - start + size]
 
     return read
@@ -272,8 +272,8 @@ def _unpack(shard: File, target: str) -> list[Damaged]:
     return damage
 
 
-def _stream(shard: File) -> BinaryIO:
-    return io.BufferedReader(_Raw(shard)) if files.is_remote(shard.path) else open(shard.path, "rb")
+def _stream(shard: File) -> io.BufferedReader:
+    return io.BufferedReader(_Raw(shard), _READ_AHEAD) if files.is_remote(shard.path) else open(shard.path, "rb")
 
 
 class _Raw(io.RawIOBase):

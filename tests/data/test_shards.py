@@ -25,8 +25,8 @@ def open_source(kind, path, **fields):
     return source_config(kind, {"path": str(path), **fields}).open("")
 
 
-def batches_of(source, count=6, config=InputConfig(), **changes):  # noqa: B008
-    reader = TrainReader(Mixture((source,), (1.0,), 3, 16), Preprocess(24), OpenAITokenizer(16))
+def batches_of(*sources, count=6, config=InputConfig(), **changes):  # noqa: B008
+    reader = TrainReader(Mixture(sources, (1.0,) * len(sources), 3, 16), Preprocess(24), OpenAITokenizer(16))
     with contextlib.closing(TrainBatches(reader, config, **changes)) as batches:
         return [next(batches) for _ in range(count)]
 
