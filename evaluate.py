@@ -13,6 +13,7 @@ from typing import Any
 
 import installed  # noqa: F401  (first: it says what to do where the requirements are missing)
 from clip_jax import cli
+from clip_jax.data.access import Access
 from clip_jax.errors import UserError
 from clip_jax.evaluation.datasets import accepted_names, evaluation_set
 from clip_jax.weights import available_models
@@ -40,7 +41,8 @@ def main(argv: Sequence[str]) -> None:
 
     from clip_jax.evaluation.zero_shot import zero_shot
 
-    datasets = [evaluation_set(name, config.data_dir if config else "") for name in names]
+    access = config.access if config else Access(offline=flags.offline)
+    datasets = [evaluation_set(name, access) for name in names]
     for target in filter(None, (flags.output, flags.report)):
         make_parent(Path(target))
     if flags.report:

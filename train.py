@@ -2,6 +2,7 @@
 
   python train.py --config demo --workdir runs/demo
   python train.py --config vit_l14 --plan v5e-256
+  python train.py --config mine --check_data
 
 The run resumes by itself when --workdir already holds a run of the same config. On a TPU pod or under Slurm, start
 this on every host; elsewhere tell each process who it is with --coordinator, --processes and --process_index.
@@ -26,11 +27,19 @@ def main(argv: Sequence[str]) -> None:
         help="compile the train step for this TPU topology (v5e-256, v4-512, 2xv5e-256 for two slices) and print what "
         "it needs; no accelerator is used",
     )
+    parser.add_argument(
+        "--check_data",
+        action="store_true",
+        help="read all training data once and say what is damaged, instead of training; one machine is enough",
+    )
     parser.add_argument("--plan_output", metavar="FILE.json", help="also write the plan here")
     parser.add_argument("--coordinator", metavar="HOST:PORT", help="address of process 0, when started by hand")
     parser.add_argument("--processes", type=int, help="how many processes there are, when started by hand")
     parser.add_argument("--process_index", type=int, help="which of them this is, when started by hand")
     flags, config = cli.parse(parser, argv)
+    if flags.check_data:
+        check_data(config)
+        return
     if not flags.workdir and not flags.plan:
         raise UserError("expected --workdir DIR to train in, or --plan TOPOLOGY; got neither")
     if flags.plan_output and not flags.plan:
@@ -47,13 +56,31 @@ def main(argv: Sequence[str]) -> None:
     run(config, flags.workdir, zero_shot_evaluation if config.eval_datasets else None)
 
 
+def check_data(config: Any) -> None:
+    """Report what is damaged in the training data.
+
+    Raises:
+      UserError: something is, and the run would stop at it.
+    """
+    from clip_jax.data.check import check
+    from clip_jax.data.sources import make_sources
+
+    sources, _ = make_sources(config.data, config.access)
+    results = check(sources)
+    for result in results:
+        print("\n".join(result.lines()))
+    damaged = sum(result.damage.total() for result in results)
+    if damaged and config.input.on_damage == "stop":
+        raise UserError(f"{damaged} damaged; mend the data, or train with --config.on_damage=skip")
+
+
 def zero_shot_evaluation(config: Any, training: Any) -> Any:
     """What training calls every `eval_every` steps: zero-shot accuracy on the config's data sets."""
     from clip_jax.evaluation.datasets import evaluation_set
     from clip_jax.evaluation.zero_shot import make_encoders, zero_shot
 
     encoders = make_encoders(training.model, training.partitioner)
-    datasets = [evaluation_set(name, config.data_dir) for name in config.eval_datasets]
+    datasets = [evaluation_set(name, config.access) for name in config.eval_datasets]
 
     def evaluate(state: Any) -> dict[str, float]:
         results = {dataset.name: zero_shot(encoders, state.variables, dataset, progress=False) for dataset in datasets}

@@ -59,8 +59,13 @@ def parse(
     parser.add_argument(
         "--help_config", action=_HelpConfig, nargs=0, help="print every field of a config, with its default"
     )
+    parser.add_argument(
+        "--offline", action="store_true", help="refuse TFDS data sets that are not prepared; TFDS would fetch them"
+    )
     flags, rest = parser.parse_known_args(argv)
     overrides = _assignments(rest, parser)
+    if flags.offline and flags.config is not None:
+        overrides["offline"] = "true"
     if overrides and flags.config is None:
         raise UserError(f"--config.{next(iter(overrides))} overrides a value of a config; give --config NAME too")
     return flags, load_config(flags.config, overrides) if flags.config is not None else None

@@ -33,7 +33,7 @@ class GreysConfig(SourceConfig):
 
     shades: int = option(4, "how many images")
 
-    def open(self, data_dir):
+    def open(self, access):
         return Greys(self.shades)
 
 

@@ -1,6 +1,7 @@
 """Requests to buckets by way of fsspec: again where they fail for a while, one clear line where they fail for good."""
 
 import functools
+import io
 import logging
 import random
 import time
@@ -54,6 +55,40 @@ def ask(url: str, method: str, *args: Any, **options: Any) -> Any:
             logger.warning("%s cannot be reached (%s), trying again", url, reason)
         time.sleep(pause * random.uniform(0.5, 1))  # not all hosts at once
         pause = min(2 * pause, longest)
+
+
+class Stream(io.RawIOBase):
+    """A file in a bucket as a stream that can be searched, for libraries that read one; each reading is a request.
+
+    Args:
+      url: of the file.
+      size: in bytes; by default, the bucket is asked.
+
+    Raises:
+      OSError: there is no such file.
+      UserError: see `ask`, also for its methods.
+    """
+
+    def __init__(self, url: str, size: int | None = None):
+        self._url, self._offset = url, 0
+        self._size = ask(url, "size") if size is None else size
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self._offset = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._offset, io.SEEK_END: self._size}[whence]
+        return self._offset
+
+    def readinto(self, buffer) -> int:
+        end = min(self._offset + len(buffer), self._size)
+        piece = ask(self._url, "cat_file", start=self._offset, end=end) if end > self._offset else b""
+        buffer[: len(piece)] = piece
+        self._offset += len(piece)
+        return len(piece)
 
 
 def _file_system(url: str) -> Any:

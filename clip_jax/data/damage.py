@@ -1,7 +1,8 @@
 """What can be wrong with stored samples, by name, so that damage can be counted as well as refused."""
 
+from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 from clip_jax.errors import UserError
 
@@ -17,6 +18,9 @@ REASONS = {
     "caption": "a caption that is missing, empty or not UTF-8",
     "unreadable": "anything else that a source refuses",
 }
+
+
+NO_CAPTION = "expected at least one caption, got none"
 
 
 class Damaged(UserError):
@@ -39,6 +43,11 @@ class Unreachable(UserError):
     """A bucket that does not answer, or refuses; no damage to the data, so it ends a run that skips damage as well."""
 
 
+def counted(damage: Counter[str]) -> str:
+    """Damage in words: "3 image, 1 cut"."""
+    return ", ".join(f"{damage[reason]} {reason}" for reason in REASONS if damage[reason])
+
+
 @contextmanager
 def naming(where: str) -> Iterator[None]:
     """Say which file, offset and key an error of a user's data comes from; every such error leaves as `Damaged`.
@@ -56,3 +65,17 @@ def naming(where: str) -> Iterator[None]:
     except Exception as error:
         error.add_note(f"while reading {where}")
         raise
+
+
+def of_example(key: str) -> AbstractContextManager[None]:
+    """Say which example an error comes from by its key, if it has one."""
+    return naming(f"key {key!r}") if key else nullcontext()
+
+
+@contextmanager
+def image_damage() -> Iterator[None]:
+    """What images are refused for leaves as damage of that kind."""
+    try:
+        yield
+    except UserError as error:
+        raise Damaged("image", str(error)) from error

@@ -49,6 +49,21 @@ def find(pattern: str) -> list[File]:
     return [files[path] for path in sorted(files)]
 
 
+def one(path: str) -> File:
+    """The file of a path, in which no character has a special meaning.
+
+    Raises:
+      UserError: it is missing.
+      Unreachable: the bucket does not answer, or refuses.
+    """
+    if not is_remote(path):
+        return _local(path, magic=False)[0]
+    try:
+        return _remote(path, ask(path, "info"))
+    except FileNotFoundError as error:
+        raise UserError(f"{path} is missing") from error
+
+
 def is_remote(path: str) -> bool:
     """Whether a path is a URL, of a bucket for instance."""
     return "://" in path
@@ -75,10 +90,7 @@ def read(path: str, offset: int = 0, size: int | None = None) -> bytes:
       Unreachable: the bucket does not answer, or refuses.
     """
     if is_remote(path):
-        end = None if size is None else offset + size
-        content = ask(path, "cat_file", start=offset, end=end)
-        short = size is not None and len(content) < size  # a proxy cut it, unless the file really ends here
-        return ask(path, "cat_file", start=offset, end=end) if short else content
+        return ask(path, "cat_file", start=offset, end=None if size is None else offset + size)
     descriptor, length = _open(path)
     wanted = length - offset if size is None else size
     pieces = []

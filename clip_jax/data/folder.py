@@ -1,37 +1,77 @@
-"""`folder`: images on disk, with captions in text files beside them, or with one sub-folder for each class."""
+"""`folder`: images on disk, with captions in text files beside them, or in one sub-folder for each class."""
 
+import logging
 import os
 from collections.abc import Iterator
-from pathlib import Path
 
-from clip_jax.data.example import Example
+from clip_jax.data.checked import decoded_captions, read_file
+from clip_jax.data.damage import Damaged, naming
+from clip_jax.data.example import Example, Source
 from clip_jax.errors import UserError
 
-_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+logger = logging.getLogger(__name__)
+
+DEFAULT_TEMPLATES = ("a photo of a {}.",)  # the paper's, section 3.1.4
+
+_IMAGES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+_CAPTIONS = ".txt"
+_NO_CAPTIONS = ""
+
+Found = list[tuple[str, str]]  # the path of each image, and the ending of its caption file or `_NO_CAPTIONS`
+
+
+def open_folder(path: str, templates: tuple[str, ...] = ()) -> Source:
+    """Images with captions: from text files beside them, or from the names of class folders by templates.
+
+    Without templates, a folder that has no caption file at all and keeps every image in one of two or more sub-folders
+    is taken for class folders, with the paper's template; a line in the log says so.
+
+    Args:
+      path: of the folder; images may lie at any depth.
+      templates: captions of a class, with `{}` for its name; empty to read caption files.
+
+    Raises:
+      UserError: there is no image, or none with a caption, or a template without `{}`.
+    """
+    if templates:
+        return LabelledFolder(path, templates)
+    found = _find_images(path)
+    if any(ending != _NO_CAPTIONS for _, ending in found):
+        return CaptionedFolder(path, found)
+    classes = {_class_of(image, path) for image, _ in found}
+    if "" in classes or len(classes) < 2:
+        raise _without_captions(found)
+    logger.info(
+        "%s has no caption files: its %d sub-folders are taken for classes, and the captions are %r; "
+        "set templates to word them",
+        path,
+        len(classes),
+        DEFAULT_TEMPLATES[0],
+    )
+    return LabelledFolder(path, DEFAULT_TEMPLATES, found)
 
 
 class CaptionedFolder:
-    """Images anywhere below a folder; `name.txt` beside `name.jpg` holds its captions, one a line."""
+    """Images anywhere below a folder; `name.txt` beside `name.jpg` holds its captions, one a line.
 
-    def __init__(self, path: str):
+    Attributes:
+      damage: says how many images have no caption file; each of them is damaged when it is read.
+    """
+
+    def __init__(self, path: str, found: Found):
         self.name = path
-        self._images = _find_images(path)
-        texts = {file.with_suffix(""): file for file in _files(path) if file.suffix.lower() == ".txt"}
-        missing = [image for image in self._images if image.with_suffix("") not in texts]
-        if missing:
-            raise UserError(
-                f"{len(missing)} of {len(self._images)} images have no caption file: "
-                f"{missing[0]} needs {missing[0].with_suffix('.txt').name} beside it"
-            )
-        self._texts = [texts[image.with_suffix("")] for image in self._images]
+        self._found = found
+        missing = any(ending == _NO_CAPTIONS for _, ending in found)
+        self.damage = (_without_captions(found),) if missing else ()
 
     def __len__(self) -> int:
-        return len(self._images)
+        return len(self._found)
 
     def __getitem__(self, index: int) -> Example:
-        return Example(
-            self._images[index].read_bytes(), _read_captions(self._texts[index]), key=str(self._images[index])
-        )
+        image, ending = self._found[index]
+        if ending == _NO_CAPTIONS:
+            raise _without_captions([self._found[index]])
+        return Example(read_file(image, "image"), _read_captions(_stem(image) + ending), key=image)
 
 
 class LabelledFolder:
@@ -41,53 +81,85 @@ class LabelledFolder:
       class_names: the names of the sub-folders, with spaces for underscores.
     """
 
-    def __init__(self, path: str):
-        root = Path(path)
-        images = [image for image in _find_images(path) if image.parent != root]
-        folders = sorted({image.relative_to(root).parts[0] for image in images})
+    def __init__(self, path: str, templates: tuple[str, ...] = (), found: Found | None = None):
+        if wrong := [template for template in templates if "{}" not in template]:
+            raise UserError(f"the template {wrong[0]!r} has no {{}} where the name of the class goes")
+        images = [image for image, _ in found or _find_images(path)]
+        classes = [_class_of(image, path) for image in images]
+        folders = sorted({*classes} - {""})
         if not folders:
             raise UserError(f"{path} has images but no class sub-folders: expected {path}/CLASS/IMAGE")
-        self.class_names = tuple(folder.replace("_", " ") for folder in folders)
+        if stray := classes.count(""):
+            logger.warning("%s: %d images lie in no class sub-folder and are left out", path, stray)
         self.name = path
-        self._images = images
-        self._labels = [folders.index(image.relative_to(root).parts[0]) for image in images]
+        self.class_names = tuple(folder.replace("_", " ") for folder in folders)
+        self._captions = [tuple(text.replace("{}", name) for text in templates) for name in self.class_names]
+        labels = {folder: label for label, folder in enumerate(folders)}
+        self._images = [image for image, folder in zip(images, classes, strict=True) if folder]
+        self._labels = [labels[folder] for folder in classes if folder]
 
     def __len__(self) -> int:
         return len(self._images)
 
     def __getitem__(self, index: int) -> Example:
-        image = self._images[index]
-        return Example(image.read_bytes(), label=self._labels[index], key=str(image))
+        image, label = self._images[index], self._labels[index]
+        return Example(read_file(image, "image"), self._captions[label], label, key=image)
 
 
-def _find_images(path: str) -> list[Path]:
-    """All images below a folder, sorted by name, so that their order is the same on every host."""
+def _find_images(path: str) -> Found:
+    """All images below a folder in the order of their names, folder by folder, which is the same on every host."""
     if not os.path.isdir(path):
         raise UserError(f"expected a folder of images, but {path} is not a folder")
-    images = sorted(file for file in _files(path) if file.suffix.lower() in _SUFFIXES)
-    if not images:
-        raise UserError(f"{path} holds no image: expected files that end in {', '.join(_SUFFIXES)}")
-    return images
+    found = sorted(_scan(path), key=lambda item: item[0].replace(os.sep, "\0"))
+    if not found:
+        raise UserError(f"{path} holds no image: expected files that end in {', '.join(_IMAGES)}")
+    return found
 
 
-def _files(path: str) -> Iterator[Path]:
-    """Every file below a folder, but hidden ones (macOS leaves a `._x.jpg` beside `x.jpg`)."""
+def _scan(path: str) -> Iterator[tuple[str, str]]:
+    """The images below a folder, but hidden files (macOS leaves a `._x.jpg` beside `x.jpg`)."""
+    images, captions, folders = [], {}, []
     with os.scandir(path) as entries:
         for entry in entries:
             if entry.name.startswith("."):
                 continue
+            ending = os.path.splitext(entry.name)[1]
+            kind = ending.lower()
             if entry.is_dir(follow_symlinks=False):
-                yield from _files(entry.path)
-            elif entry.is_file():
-                yield Path(entry.path)
+                folders.append(entry.path)
+            elif kind in _IMAGES and entry.is_file():
+                images.append(entry.path)
+            elif kind == _CAPTIONS and entry.is_file():
+                captions[_stem(entry.path)] = ending
+    yield from ((image, captions.get(_stem(image), _NO_CAPTIONS)) for image in images)
+    for folder in folders:
+        yield from _scan(folder)
 
 
-def _read_captions(path: Path) -> tuple[str, ...]:
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text (byte {error.start})") from error
-    captions = tuple(line.strip() for line in lines if line.strip())
+def _class_of(image: str, path: str) -> str:
+    """The sub-folder of `path` that an image is below; "" if it lies in `path` itself."""
+    folder, below, _ = image[len(os.path.join(path, "")) :].partition(os.sep)
+    return folder if below else ""
+
+
+def _stem(path: str) -> str:
+    return os.path.splitext(path)[0]
+
+
+def _without_captions(found: Found) -> Damaged:
+    missing = [image for image, ending in found if ending == _NO_CAPTIONS]
+    needed = os.path.basename(_stem(missing[0])) + _CAPTIONS
+    return Damaged(
+        "caption",
+        f"{len(missing)} of {len(found)} images have no caption file: {missing[0]} needs {needed} beside it",
+    )
+
+
+def _read_captions(path: str) -> tuple[str, ...]:
+    content = read_file(path, "caption")
+    with naming(path):
+        lines = [line.strip() for text in decoded_captions([content]) for line in text.splitlines()]
+    captions = tuple(filter(None, lines))
     if not captions:
-        raise UserError(f"{path} is empty: expected at least one line with a caption")
+        raise Damaged("caption", f"{path} is empty: expected at least one line with a caption")
     return captions

@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-from clip_jax.data.damage import REASONS, Damaged, naming
+from clip_jax.data.damage import Damaged, counted, naming
 from clip_jax.data.delivery import Batch, make_delivery
 from clip_jax.data.example import Source, where
 from clip_jax.data.reader import TrainReader
@@ -122,11 +122,6 @@ class TrainBatches:
     def _start(self) -> None:
         self._delivery.start(np.arange(self._next, self._next + self._size))
         self._next += self._batch_size
-
-
-def counted(damage: Counter[str]) -> str:
-    """Damage in words: "3 image, 1 cut"."""
-    return ", ".join(f"{damage[reason]} {reason}" for reason in REASONS if damage[reason])
 
 
 def _damage_of_sources(reader: TrainReader) -> Counter[str]:

@@ -2,18 +2,16 @@
 
 import functools
 from collections import Counter
-from contextlib import nullcontext
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Int32, Int64, UInt8
 
-from clip_jax.data.damage import Damaged, naming
+from clip_jax.data.damage import NO_CAPTION, Damaged, image_damage, naming, of_example
 from clip_jax.data.example import Example, Source, where
 from clip_jax.data.order import mixture_index, replacement_index, sample_generator, sample_index, windowed_index
-from clip_jax.errors import UserError
-from clip_jax.processing import Preprocess, Tokenizer
-from clip_jax.processing.images import open_image
+from clip_jax.processing import Augment, Preprocess, Tokenizer
 
 _CACHED_TEXTS = 2**16  # all captions of the embedded data sets
 _ATTEMPTS = 100  # stand-ins for one position, before a source counts as broken altogether
@@ -54,19 +52,42 @@ class Mixture:
 
 
 @dataclass(frozen=True)
+class Sample:
+    """What training sees of one example.
+
+    Attributes:
+      source: the data set's name.
+      index: of the example in its data set.
+      key: what the data set calls it.
+      caption: the one that was drawn.
+      image: uint8, cropped and augmented.
+      tokens: of the caption.
+    """
+
+    source: str
+    index: int
+    key: str
+    caption: str
+    image: UInt8[np.ndarray, "side side 3"]
+    tokens: Int32[np.ndarray, "context_length"]
+
+
+@dataclass(frozen=True)
 class TrainReader:
     """Reads, decodes, crops and tokenises.
 
     Attributes:
       mixture: what is read.
-      preprocess: resizes the images, which are then cropped at random (paper, section 2.3).
+      preprocess: the model's.
       tokenizer: the model's; longer captions are truncated.
+      augment: crops the images, and whatever else varies them.
       skip: whether a damaged sample is replaced by another one, which its position decides; else it is an error.
     """
 
     mixture: Mixture
     preprocess: Preprocess
     tokenizer: Tokenizer
+    augment: Augment
     skip: bool = False
 
     def read(
@@ -84,19 +105,27 @@ class TrainReader:
           Damaged: a sample is damaged, unless it is skipped.
         """
         damage = Counter()
-        numbers, indices = self.mixture.locate(positions)
-        located = zip(positions.tolist(), numbers.tolist(), indices.tolist(), strict=True)
-        for row, (position, number, index) in enumerate(located):
-            images[row], texts[row] = self._sample(position, self.mixture.sources[number], index, damage)
+        for row, sample in enumerate(self.samples(positions, damage)):
+            images[row], texts[row] = sample.image, sample.tokens
         return damage
 
-    def _sample(
-        self, position: int, source: Source, index: int, damage: Counter[str]
-    ) -> tuple[UInt8[np.ndarray, "side side 3"], Int32[np.ndarray, "context_length"]]:
+    def samples(self, positions: Int64[np.ndarray, "n"], damage: Counter[str]) -> Iterator[Sample]:
+        """The samples of some positions, in their order; those that were replaced are counted in `damage`.
+
+        Raises:
+          Damaged: a sample is damaged, unless it is skipped.
+        """
+        numbers, indices = self.mixture.locate(positions)
+        for position, number, index in zip(positions.tolist(), numbers.tolist(), indices.tolist(), strict=True):
+            yield self._sample(position, self.mixture.sources[number], index, damage)
+
+    def _sample(self, position: int, source: Source, index: int, damage: Counter[str]) -> Sample:
         for attempt in range(_ATTEMPTS):
             try:
                 with naming(where(source, index)):
-                    return self._arrays(source[index], sample_generator(self.mixture.seed, position))
+                    example = source[index]
+                    arrays = self._arrays(example, sample_generator(self.mixture.seed, position))
+                    return Sample(source.name, index, example.key, *arrays)
             except Damaged as error:
                 if not self.skip or attempt == _ATTEMPTS - 1:
                     raise
@@ -105,13 +134,13 @@ class TrainReader:
 
     def _arrays(
         self, example: Example, generator: np.random.Generator
-    ) -> tuple[UInt8[np.ndarray, "side side 3"], Int32[np.ndarray, "context_length"]]:
-        with naming(f"key {example.key!r}") if example.key else nullcontext():
-            try:
-                image = self.preprocess.resize_and_crop_randomly(open_image(example.image), generator)
-            except UserError as error:
-                raise Damaged("image", str(error)) from error
-            return image, _tokens(self.tokenizer, _choose_caption(example, generator))
+    ) -> tuple[str, UInt8[np.ndarray, "side side 3"], Int32[np.ndarray, "context_length"]]:
+        """The caption that is drawn, the pixels and the tokens."""
+        with of_example(example.key):
+            with image_damage():
+                image = self.augment(example.image, generator, self.preprocess)
+            caption = _choose_caption(example, generator)
+            return caption, image, _tokens(self.tokenizer, caption)
 
 
 @functools.lru_cache(_CACHED_TEXTS)
@@ -121,5 +150,5 @@ def _tokens(tokenizer: Tokenizer, text: str) -> Int32[np.ndarray, "context_lengt
 
 def _choose_caption(example: Example, generator: np.random.Generator) -> str:
     if not example.captions:
-        raise Damaged("caption", "expected at least one caption, got none")
+        raise Damaged("caption", NO_CAPTION)
     return example.captions[generator.integers(len(example.captions))]

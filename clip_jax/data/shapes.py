@@ -5,7 +5,6 @@ colour and each shape does with the seven others. So the pairs held out measure 
 it knows. Every scene is a pure function of (seed, index).
 """
 
-import contextlib
 import dataclasses
 import io
 import itertools
@@ -17,6 +16,7 @@ from jaxtyping import UInt8
 from PIL import Image, ImageDraw
 
 from clip_jax.data.order import sample_generator
+from clip_jax.data.tfds_builder import prepare
 from clip_jax.errors import UserError
 
 RESOLUTION = 32
@@ -234,10 +234,7 @@ def prepared_builder(data_dir: str) -> Shapes:
     print(f"Rendering the shapes data set into {builder.data_dir}", flush=True)
     tfds.disable_progress_bar()
     try:
-        with contextlib.redirect_stdout(io.StringIO()):  # TFDS would announce a download
-            builder.download_and_prepare()
-    except OSError as error:
-        builder = Shapes(data_dir=data_dir or None)
-        if not builder.data_path.exists():  # otherwise another process was quicker
-            raise UserError(f"cannot write the shapes data set ({error}); set data_dir") from error
-    return builder
+        prepare(builder)
+    except UserError as error:
+        raise UserError(f"{error}; set data_dir") from error
+    return Shapes(data_dir=data_dir or None)  # another process may have been quicker

@@ -6,7 +6,6 @@ shard; a shard that has changed is indexed again. Twelve bytes a sample, loaded 
 need no more memory than the shards in use.
 """
 
-import functools
 import gzip
 import hashlib
 import io
@@ -19,6 +18,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from threading import Lock
 
 import numpy as np
@@ -26,6 +26,7 @@ from jaxtyping import Shaped
 from tqdm import tqdm
 
 from clip_jax.data import files
+from clip_jax.data.bucket import Stream
 from clip_jax.data.damage import Damaged, Unreachable, naming
 from clip_jax.data.files import File
 from clip_jax.errors import UserError
@@ -64,7 +65,7 @@ class Shards:
     """The samples of many shards, as bytes, numbered from 0 in the order of the shards.
 
     Args:
-      pattern: of their paths, such as `shards/{00000..00099}.tar`.
+      shards: in their order, as `files.find` gives them.
       scan: finds the samples of a shard: `tar.scan` or `tfrecord.scan`.
       index_dir: where indexes are kept; "" for beside the shards, or the cache.
 
@@ -72,18 +73,18 @@ class Shards:
       damage: what is wrong with the shards.
 
     Raises:
-      UserError: no shard is found, or one cannot be read, or none has a sample.
+      UserError: one cannot be read, or none has a sample.
     """
 
-    def __init__(self, pattern: str, scan: Scan, index_dir: str = ""):
-        self._shards = files.find(pattern)
+    def __init__(self, shards: Sequence[File], scan: Scan, index_dir: str = ""):
+        self._shards = shards
         self._scan, self._index_dir = scan, index_dir
         counts, damage = _count_all(self._shards, scan, index_dir)
         self.starts = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
         self.damage = damage
         if not len(self):
             first = f"; {damage[0]}" if damage else ""
-            raise UserError(f"{pattern} holds no sample{first}")
+            raise UserError(f"no sample in {len(shards)} shards, of which the first is {shards[0].path}{first}")
         self._recent: OrderedDict[int, Index] = OrderedDict()
         self._lock = Lock()
 
@@ -173,38 +174,54 @@ def load_index(shard: File, scan: Scan, index_dir: str = "") -> Index:
       scan: finds its samples.
       index_dir: where indexes are kept; "" for beside the shards, or the cache.
     """
-    own = _own_place(shard, index_dir)
-    places = [own] if index_dir else [files.join(files.parent(shard.path), _FOLDER), own]
-    name = f"{os.path.basename(shard.path)}.npz"
-    content = os.path.join(own, os.path.basename(shard.path)[:-3]) if shard.path.endswith(".gz") else shard.path
-    for place in places:
-        index = _read_index(files.join(place, name), shard, content)
-        if index is not None:
-            return index
-    index = _make_index(shard, scan, content)
-    for place in places:
+    index = _ready_index(shard, index_dir)
+    if index is not None:
+        return index
+    index = _make_index(shard, scan, _content(shard, index_dir))
+    for place in _places(shard, index_dir):
         try:
-            files.write(files.join(place, name), _packed(index, shard))
+            files.write(place, _packed(index, shard))
             break
         except (OSError, Unreachable) as error:
             logger.debug("no index in %s: %s", place, error)
     return index
 
 
+def _ready_index(shard: File, index_dir: str) -> Index | None:
+    """The index of a shard from one of the files where it may be, if it is that of the shard as it is now."""
+    for place in _places(shard, index_dir):
+        index = _read_index(place, shard, _content(shard, index_dir))
+        if index is not None:
+            return index
+    return None
+
+
+def _places(shard: File, index_dir: str) -> list[str]:
+    """The files that may hold the index of a shard, the best one first."""
+    name, own = f"{os.path.basename(shard.path)}.npz", _own_place(shard, index_dir)
+    folders = [own] if index_dir else [files.join(files.parent(shard.path), _FOLDER), own]
+    return [files.join(folder, name) for folder in folders]
+
+
+def _content(shard: File, index_dir: str) -> str:
+    """The file that samples are read from: the shard, or what a gzip shard is unpacked to."""
+    if not shard.path.endswith(".gz"):
+        return shard.path
+    return os.path.join(_own_place(shard, index_dir), os.path.basename(shard.path).removesuffix(".gz"))
+
+
 def _count_all(shards: Sequence[File], scan: Scan, index_dir: str) -> tuple[list[int], tuple[Damaged, ...]]:
-    """The number of samples of each shard, and all damage."""
-    count = functools.partial(_count, scan=scan, index_dir=index_dir)
-    with _executor(shards) as pool:
-        results = tqdm(
-            pool.map(count, shards, **({"chunksize": 8} if len(shards) > _FEW_SHARDS else {})),
-            total=len(shards),
-            desc="indexing shards",
-            unit="shard",
-            delay=2,
-            leave=False,
-        )
-        counted = list(results)
-    return [number for number, _ in counted], tuple(item for _, damage in counted for item in damage)
+    """The number of samples of each shard, and all damage; indexes that are missing are made."""
+    counted: dict[File, tuple[int, tuple[Damaged, ...]]] = {}
+    with ThreadPoolExecutor(_FEW_SHARDS) as pool:
+        ready = pool.map(partial(_ready_count, index_dir=index_dir), shards)
+        counted |= {shard: count for shard, count in zip(shards, ready, strict=True) if count is not None}
+    missing = [shard for shard in shards if shard not in counted]
+    with _executor(missing) as pool:
+        results = pool.map(partial(_count, scan=scan, index_dir=index_dir), missing)
+        bar = tqdm(results, total=len(missing), desc="indexing shards", unit="shard", delay=2, leave=False)
+        counted |= zip(missing, bar, strict=True)
+    return [counted[shard][0] for shard in shards], tuple(item for shard in shards for item in counted[shard][1])
 
 
 def _executor(shards: Sequence[File]) -> Executor:
@@ -212,6 +229,11 @@ def _executor(shards: Sequence[File]) -> Executor:
     if len(shards) <= _FEW_SHARDS or files.is_remote(shards[0].path):
         return ThreadPoolExecutor(_FEW_SHARDS)
     return ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn"))
+
+
+def _ready_count(shard: File, index_dir: str) -> tuple[int, tuple[Damaged, ...]] | None:
+    index = _ready_index(shard, index_dir)
+    return None if index is None else (len(index.spans), index.damage)
 
 
 def _count(shard: File, scan: Scan, index_dir: str) -> tuple[int, tuple[Damaged, ...]]:
@@ -240,7 +262,7 @@ def _make_index(shard: File, scan: Scan, content: str) -> Index:
 def _reader(path: str, length: int) -> Read:
     """Reads ranges of a file; of one in a bucket, pieces ahead, because a scan goes from front to back."""
     if not files.is_remote(path):
-        return functools.partial(files.read, path)
+        return partial(files.read, path)
     piece, start = b"", 0
 
     def read(offset: int, size: int) -> bytes:
@@ -273,24 +295,9 @@ def _unpack(shard: File, target: str) -> list[Damaged]:
 
 
 def _stream(shard: File) -> io.BufferedReader:
-    return io.BufferedReader(_Raw(shard), _READ_AHEAD) if files.is_remote(shard.path) else open(shard.path, "rb")
-
-
-class _Raw(io.RawIOBase):
-    """A file in a bucket as a stream."""
-
-    def __init__(self, shard: File):
-        self._shard, self._offset = shard, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer) -> int:
-        size = min(len(buffer), self._shard.size - self._offset)
-        piece = files.read(self._shard.path, self._offset, size) if size else b""
-        buffer[: len(piece)] = piece
-        self._offset += len(piece)
-        return len(piece)
+    if files.is_remote(shard.path):
+        return io.BufferedReader(Stream(shard.path, shard.size), _READ_AHEAD)
+    return open(shard.path, "rb")
 
 
 def _packed(index: Index, shard: File) -> bytes:

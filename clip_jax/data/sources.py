@@ -5,13 +5,16 @@ A new kind costs one class and its line in `SOURCES`.
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from typing import Any
 
-from clip_jax.data import tar, tfrecord
+from clip_jax.data import files, tables, tar, tfrecord
+from clip_jax.data.access import Access
+from clip_jax.data.damage import Damaged
 from clip_jax.data.digits import Digits
 from clip_jax.data.example import Cached, Source
-from clip_jax.data.folder import CaptionedFolder
+from clip_jax.data.folder import open_folder
 from clip_jax.data.order import Windows
 from clip_jax.data.sharded import Fields, ShardedSource
 from clip_jax.data.shards import Shards
@@ -29,8 +32,8 @@ class SourceConfig:
         if not 0 < self.weight < math.inf:
             raise UserError(f"weight must be above 0, got {self.weight}")
 
-    def open(self, data_dir: str) -> Source:
-        """The data; `data_dir` is where TFDS keeps its data sets, "" its own default."""
+    def open(self, access: Access) -> Source:
+        """The data that the fields describe."""
         raise NotImplementedError
 
 
@@ -40,10 +43,10 @@ class ShapesConfig(SourceConfig):
 
     split: str = option("train", "train, validation or held_out")
 
-    def open(self, data_dir: str) -> Source:
+    def open(self, access: Access) -> Source:
         from clip_jax.data import shapes, tfds_source  # import TFDS
 
-        return Cached(tfds_source.TfdsSource(shapes.prepared_builder(data_dir), self.split))
+        return Cached(tfds_source.TfdsSource(shapes.prepared_builder(access.data_dir), self.split))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,28 +55,71 @@ class DigitsConfig(SourceConfig):
 
     split: str = option("train", "train or test")
 
-    def open(self, data_dir: str) -> Source:
+    def open(self, access: Access) -> Source:
         return Digits(self.split)
 
 
 @dataclass(frozen=True, kw_only=True)
 class FolderConfig(SourceConfig):
-    """Images in a folder, each with its captions in a text file beside it."""
+    """Images in a folder, with captions in text files beside them, or with one sub-folder for each class."""
 
     path: str = option(help="of the folder")
+    templates: tuple[str, ...] = option((), "captions of class folders, as 'a photo of a {}.'; empty for text files")
 
     def __post_init__(self):
         super().__post_init__()
         if not self.path:
             raise UserError("path is empty; name the folder, as in --config.data.folder.path=PATH")
 
-    def open(self, data_dir: str) -> Source:
-        return CaptionedFolder(self.path)
+    def open(self, access: Access) -> Source:
+        return open_folder(self.path, self.templates)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TableConfig(SourceConfig):
+    """What the sources of tables have."""
+
+    path: str = option(help="of the files: braces, as in {00000..00099}, and * are expanded; gs:// and s3:// too")
+    image_column: str = option("", "images, as bytes or paths; empty for the usual names, such as image and filepath")
+    caption_column: str = option("", "text, or lists of texts; empty for caption, captions, text or title")
+    label_column: str = option("", "classes, as text or whole numbers; empty for none")
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not self.path:
+            raise UserError("path is empty; name the files, as in 'tables/*.parquet'")
+
+    def columns(self) -> tables.Columns:
+        """What is what."""
+        return tables.Columns(self.image_column, self.caption_column, self.label_column)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParquetConfig(TableConfig):
+    """Parquet files with captions, and with images or their paths."""
+
+    window: int = option(4, "row groups whose rows are mixed; window * lanes row groups are in memory at a time")
+    lanes: int = option(8, "parts of a batch that read row groups of their own; best a multiple of the number of hosts")
+
+    def __post_init__(self):
+        super().__post_init__()
+        _check_positive(self, "window", "lanes")
+
+    def open(self, access: Access) -> Source:
+        return tables.open_parquet(self.path, self.columns(), self.window, self.lanes)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CsvConfig(TableConfig):
+    """CSV or TSV files with captions and the paths of images."""
+
+    def open(self, access: Access) -> Source:
+        return tables.open_csv(self.path, self.columns())
 
 
 @dataclass(frozen=True, kw_only=True)
 class TfdsConfig(SourceConfig):
-    """A TensorFlow Datasets data set that is prepared as array records."""
+    """A TensorFlow Datasets data set, prepared by TFDS where it is missing."""
 
     name: str = option(help="as TFDS spells it, such as coco_captions/2017")
     split: str = option("train", "one of its splits, or a slice of one, such as train[:90%]")
@@ -82,10 +128,11 @@ class TfdsConfig(SourceConfig):
     caption_field: str = option("", "its field with the captions; empty for the one called captions, caption or text")
     label_field: str = option("", "its field with the labels; empty for the one called label")
 
-    def open(self, data_dir: str) -> Source:
-        from clip_jax.data import tfds_source  # imports TFDS
+    def open(self, access: Access) -> Source:
+        from clip_jax.data import tfds_builder, tfds_source  # import TFDS
 
-        builder = tfds_source.open_builder(self.name, self.data_dir or data_dir)
+        own = replace(access, data_dir=self.data_dir or access.data_dir)
+        builder = tfds_builder.open_builder(self.name, own)
         return tfds_source.TfdsSource(builder, self.split, self.image_field, self.caption_field, self.label_field)
 
 
@@ -98,7 +145,7 @@ class ShardsConfig(SourceConfig):
     caption_field: str = option("", "its caption; empty for txt, caption or text")
     label_field: str = option("", "its label; empty for cls or label")
     block: int = option(128, "neighbouring samples that are read together; 1 mixes all samples and reads them singly")
-    window: int = option(32, "blocks whose samples are mixed; block * window * lanes samples are open at a time")
+    window: int = option(128, "blocks whose samples are mixed; block * window * lanes samples are open at a time")
     lanes: int = option(8, "parts of a batch that read blocks of their own; best a multiple of the number of hosts")
     index_dir: str = option("", "where indexes are kept; empty for beside the shards, or the cache", may_change=True)
 
@@ -106,13 +153,11 @@ class ShardsConfig(SourceConfig):
         super().__post_init__()
         if not self.path:
             raise UserError("path is empty; name the shards, as in 'shards/{00000..00099}.tar'")
-        for name in ("block", "window", "lanes"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} must be at least 1, got {getattr(self, name)}")
+        _check_positive(self, "block", "window", "lanes")
 
     def open_shards(self, data_format: Any) -> Source:
         """The samples of shards in the format of a module, `tar` or `tfrecord`."""
-        shards = Shards(self.path, data_format.scan, self.index_dir)
+        shards = Shards(files.find(self.path), data_format.scan, self.index_dir)
         fields = Fields(self.image_field, self.caption_field, self.label_field)
         windows = None if self.block == 1 else Windows(self.block, self.window, self.lanes)
         return ShardedSource(shards, data_format.parse, fields, windows, self.path)
@@ -122,7 +167,7 @@ class ShardsConfig(SourceConfig):
 class TarConfig(ShardsConfig):
     """Tar shards in the WebDataset layout, as img2dataset writes them, plain or gzip."""
 
-    def open(self, data_dir: str) -> Source:
+    def open(self, access: Access) -> Source:
         return self.open_shards(tar)
 
 
@@ -130,8 +175,14 @@ class TarConfig(ShardsConfig):
 class TfrecordConfig(ShardsConfig):
     """TFRecord shards of tf.train.Example, as img2dataset writes them."""
 
-    def open(self, data_dir: str) -> Source:
+    def open(self, access: Access) -> Source:
         return self.open_shards(tfrecord)
+
+
+def _check_positive(config: SourceConfig, *names: str) -> None:
+    for name in names:
+        if getattr(config, name) < 1:
+            raise UserError(f"{name} must be at least 1, got {getattr(config, name)}")
 
 
 SOURCES: dict[str, type[SourceConfig]] = {
@@ -140,16 +191,18 @@ SOURCES: dict[str, type[SourceConfig]] = {
     "folder": FolderConfig,
     "tar": TarConfig,
     "tfrecord": TfrecordConfig,
+    "parquet": ParquetConfig,
+    "csv": CsvConfig,
     "tfds": TfdsConfig,
 }
 
 
-def make_sources(config: Mapping[str, Any], data_dir: str = "") -> tuple[tuple[Source, ...], tuple[float, ...]]:
+def make_sources(config: Mapping[str, Any], access: Access = Access()) -> tuple[tuple[Source, ...], tuple[float, ...]]:
     """Build the sources that a training run mixes.
 
     Args:
       config: from the name of each source to its fields: `{"shapes": {"weight": 3.0}, "digits": {}}`.
-      data_dir: where TFDS keeps its data sets; "" is TFDS's own default, which `TFDS_DATA_DIR` sets.
+      access: where TFDS keeps its data sets, and whether it may fetch missing ones.
 
     Returns:
       the sources and their weights.
@@ -160,10 +213,11 @@ def make_sources(config: Mapping[str, Any], data_dir: str = "") -> tuple[tuple[S
     if not config:
         raise UserError(f"data names no source: expected at least one of {', '.join(SOURCES)}")
     configs = {name: source_config(name, config[name]) for name in sorted(config)}  # the order decides the stream
-    sources = {name: source.open(data_dir) for name, source in configs.items()}
+    sources = {name: source.open(access) for name, source in configs.items()}
     for name, source in sources.items():
-        if not source[0].captions:
-            raise UserError(f"data.{name} has no captions to train on; name their field in caption_field")
+        with suppress(Damaged):  # which says nothing of the others
+            if not source[0].captions:
+                raise UserError(f"data.{name} has no captions to train on; name their field in caption_field")
     return tuple(sources.values()), tuple(source.weight for source in configs.values())
 
 

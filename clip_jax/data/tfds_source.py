@@ -1,11 +1,14 @@
-"""`tfds`: any TensorFlow Datasets data set that is prepared as array records, read without TensorFlow."""
+"""`tfds`: any TensorFlow Datasets data set that is prepared, read without TensorFlow."""
 
 from collections.abc import Iterator
 from typing import Any
 
-import tensorflow_datasets as tfds  # brings no TensorFlow along as long as only array records are used
+import tensorflow_datasets as tfds  # brings no TensorFlow along as long as nothing is prepared
 
+from clip_jax.data.checked import decoded_captions
 from clip_jax.data.example import Example
+from clip_jax.data.tfds_builder import preparation
+from clip_jax.data.tfds_records import OPENERS, Records
 from clip_jax.errors import UserError
 
 Path = tuple[str, ...]
@@ -26,6 +29,7 @@ class TfdsSource:
     Attributes:
       name: the data set's full name and the split.
       class_names: the names of the classes, empty where there is no label.
+      damage: what is wrong with the files, as far as opening them shows.
     """
 
     def __init__(
@@ -44,63 +48,51 @@ class TfdsSource:
         if not self._image:
             raise UserError(f"{name} has no field called image: name its image field in image_field")
         self.class_names = tuple(features[self._label].names) if self._label else ()
-        self._records = _open_split(builder, split, self._image)
+        self._features = builder.info.features
+        self._decoders = tfds.decode.SkipDecoding()  # of the image, whose bytes are wanted as stored
+        for key in reversed(self._image):
+            self._decoders = {key: self._decoders}
+        self._records = _open_split(builder, split)
+        self.damage = getattr(self._records, "damage", ())
 
     def __len__(self) -> int:
         return len(self._records)
 
     def __getitem__(self, index: int) -> Example:
-        record = self._records[index]
+        record = self._features.deserialize_example_np(self._records[index], decoders=self._decoders)
         captions = _follow(record, self._captions) if self._captions else ()
         captions = (captions,) if isinstance(captions, bytes) else captions
         return Example(
             _follow(record, self._image),
-            tuple(caption.decode("utf-8", errors="replace") for caption in captions),
+            decoded_captions(captions) if self._captions else (),
             int(_follow(record, self._label)) if self._label else None,
         )
 
 
-def open_builder(name: str, data_dir: str) -> tfds.core.DatasetBuilder:
-    """Open a data set that is already prepared, from its files alone.
-
-    Args:
-      name: as TFDS spells it: `cifar10`, `coco_captions/2017`, `mnist:3.0.1`.
-      data_dir: where TFDS keeps its data sets; "" is TFDS's own default, which `TFDS_DATA_DIR` sets.
-
-    Raises:
-      UserError: there is no such data set; the message says how to prepare it.
-    """
+def _open_split(builder: tfds.core.DatasetBuilder, split: str) -> Records:
+    """The serialised records of a split, or of a slice of one such as `train[:90%]`."""
+    name, form = builder.info.full_name, builder.info.file_format
     try:
-        return tfds.core.read_only_builder.builder_from_files(name, data_dir=data_dir or None)
-    except ValueError as error:  # TFDS's DatasetNotFoundError is one too
-        raise UserError(
-            f"the TFDS data set {name!r} is not prepared in {data_dir or tfds.core.constants.DATA_DIR}: "
-            f"run {_preparation(name, data_dir)}"
-        ) from error
-
-
-def _preparation(name: str, data_dir: str) -> str:
-    """The command that downloads and prepares a data set in the format that is needed here."""
-    arguments = f"'{name}', file_format='array_record'" + (f", data_dir='{data_dir}'" if data_dir else "")
-    statement = f"import tensorflow_datasets as tfds; tfds.builder({arguments}).download_and_prepare()"
-    return f'python -c "{statement}"'
-
-
-def _open_split(builder: tfds.core.DatasetBuilder, split: str, image: Path) -> Any:
-    """The records of a split (which may be a slice, `train[:90%]`), with the image left as encoded bytes."""
-    if split.partition("[")[0] not in builder.info.splits:
+        parts = builder.info.splits[split].file_instructions
+    except (ValueError, KeyError) as error:
         known = ", ".join(builder.info.splits)
-        raise UserError(f"{builder.info.full_name} has no split {split!r}; it has {known}")
-    decoders = tfds.decode.SkipDecoding()
-    for key in reversed(image):
-        decoders = {key: decoders}
-    try:
-        return builder.as_data_source(split, decoders=decoders)
-    except NotImplementedError as error:
+        raise UserError(f"{name} has no split {split!r}; it has {known}, and slices as train[:90%]") from error
+    if not parts or any(part.take < 1 for part in parts):
+        raise UserError(f"{name} has no example in {split!r}")
+    if form not in OPENERS:
+        known = ", ".join(known.value for known in OPENERS)
         raise UserError(
-            f"{builder.info.full_name} is prepared as {builder.info.file_format.value}, expected array_record: "
-            f"delete {builder.data_dir} and run {_preparation(builder.info.full_name, '')}"
-        ) from error
+            f"{name} is prepared as {form.value}, expected one of {known}: delete {builder.data_dir} and run "
+            f"{_preparation(builder)}"
+        )
+    return OPENERS[form](parts)
+
+
+def _preparation(builder: tfds.core.DatasetBuilder) -> str:
+    """The command that prepares the same data set in the same place."""
+    name, _, version = builder.info.full_name.rpartition("/")
+    root = builder.data_path.parents[name.count("/") + 1]
+    return preparation(f"{name}:{version}", str(root))
 
 
 def _leaves(feature: tfds.features.FeatureConnector, path: Path = ()) -> Iterator[tuple[Path, Any]]:

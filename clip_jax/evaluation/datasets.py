@@ -6,12 +6,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from clip_jax.data.access import Access
 from clip_jax.data.example import LabelledSource, Source
-from clip_jax.data.folder import LabelledFolder
+from clip_jax.data.folder import DEFAULT_TEMPLATES, LabelledFolder
 from clip_jax.data.sources import source_config
 from clip_jax.errors import UserError
 
-DEFAULT_TEMPLATES = ("a photo of a {}.",)  # the paper's, section 3.1.4
 _USUAL_SPLITS = ("test", "validation")
 _WORDNET_ID = re.compile(r"n\d{8}")  # what ImageNet's classes are called in TFDS
 
@@ -62,43 +62,43 @@ def accepted_names() -> str:
     """What `evaluation_set` opens, in words."""
     return (
         f"one of {', '.join(EVALUATION_SETS)}, a folder with one sub-folder for each class, "
-        "or a prepared TFDS data set (NAME or NAME/SPLIT)"
+        "or a TFDS data set (NAME or NAME/SPLIT)"
     )
 
 
-def evaluation_set(name: str, data_dir: str = "") -> EvaluationSet:
+def evaluation_set(name: str, access: Access = Access()) -> EvaluationSet:
     """Open a labelled data set to judge a model on.
 
     Args:
       name: one of `EVALUATION_SETS`, a folder with one sub-folder for each class, or a TFDS data set: NAME (its test
         split, or else its validation split) or NAME/SPLIT.
-      data_dir: where TFDS keeps its data sets; "" is TFDS's own default, which `TFDS_DATA_DIR` sets.
+      access: where TFDS keeps its data sets, and whether it may fetch missing ones.
 
     Raises:
       UserError: there is no such data set, or it has no labels.
     """
     entry = EVALUATION_SETS.get(name)
     if entry is not None:
-        source = source_config(name, entry.source).open(data_dir)
+        source = source_config(name, entry.source).open(access)
         class_names = entry.class_names or source.class_names
         return EvaluationSet(name, source, class_names, entry.templates)
     is_path = os.path.isdir(name) or name.startswith((".", os.sep))
-    source = LabelledFolder(name) if is_path else _open_tfds(name, data_dir)
+    source = LabelledFolder(name) if is_path else _open_tfds(name, access)
     return EvaluationSet(name, source, source.class_names)
 
 
-def _open_tfds(name: str, data_dir: str) -> LabelledSource:
+def _open_tfds(name: str, access: Access) -> LabelledSource:
     """NAME or NAME/SPLIT, where NAME may hold slashes itself."""
-    from clip_jax.data import tfds_source  # imports TFDS
+    from clip_jax.data import tfds_builder, tfds_source  # import TFDS
 
     prefix, _, split = name.rpartition("/")
     try:
-        builder = tfds_source.open_builder(name, data_dir)
+        builder = tfds_builder.open_builder(name, access)
         split = next((usual for usual in _USUAL_SPLITS if usual in builder.info.splits), _USUAL_SPLITS[0])
-    except UserError:
+    except tfds_builder.UnknownDataSet:
         try:
-            builder = tfds_source.open_builder(prefix or name, data_dir)
-        except UserError as error:
+            builder = tfds_builder.open_builder(prefix or name, access)
+        except tfds_builder.UnknownDataSet as error:
             raise UserError(f"unknown evaluation set {name!r}: expected {accepted_names()}; {error}") from error
     source = tfds_source.TfdsSource(builder, split)
     if not source.class_names:

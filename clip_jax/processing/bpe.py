@@ -37,6 +37,10 @@ _WORD = regex.compile(
     regex.IGNORECASE,
 )
 
+# Characters that are read of a text that may be truncated, for each token of its row: eight times the longest piece of
+# the vocabulary. Captions of megabytes occur, and would take minutes and gigabytes.
+READ_PER_TOKEN = 256
+
 _CACHED_CHUNKS = 2**16
 _CACHED_CHUNK_LENGTH = 64  # longer chunks hardly repeat, and would let hostile text fill the memory
 
@@ -65,7 +69,9 @@ def tokenize(
     Args:
       texts: one text or several.
       context_length: the number of tokens of a row, start and end of text included; OpenAI's models use 77.
-      truncate: cut texts that do not fit, keeping the end-of-text token last, instead of raising.
+      truncate: cut texts that do not fit, keeping the end-of-text token last, instead of raising. Then only the first
+        256 characters per token of the row are read. They give the row of the whole text if an eighth of them are words
+        that end there, and if ftfy, which judges whole lines, finds nothing to mend in the line that is cut off.
       lowercase: as in `encode`.
 
     Returns:
@@ -79,6 +85,8 @@ def tokenize(
     texts = [texts] if isinstance(texts, str) else list(texts)
     tokens = np.zeros((len(texts), context_length), np.int32)
     for row, text in zip(tokens, texts, strict=True):
+        if truncate:
+            text = text[: READ_PER_TOKEN * context_length]
         ids = [START_OF_TEXT, *encode(text, lowercase), END_OF_TEXT]
         if len(ids) > context_length:
             if not truncate:

@@ -1,34 +1,21 @@
 """A self-contained HTML page about a trained model: what it learned, what it sees, where it errs."""
 
-import base64
-import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import numpy as np
 from jaxtyping import Int
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from PIL import Image
 
 from clip_jax.evaluation.metrics import confusion_matrix
 from clip_jax.evaluation.zero_shot import ZeroShotResult
 from clip_jax.processing.images import open_image
+from clip_jax.reports.page import figure_url, picture_url, write_page
 
 SAMPLES = 12  # images shown with their prediction
 MATRIX = 8  # images and texts in the similarity matrix
 MOST_CLASSES = 100  # in a picture of the confusion matrix
-THUMBNAIL = 96  # pixels
-
-_TEMPLATES = jinja2.Environment(
-    loader=jinja2.PackageLoader("clip_jax", "reports"),
-    autoescape=True,
-    undefined=jinja2.StrictUndefined,
-    trim_blocks=True,
-    lstrip_blocks=True,
-)
 
 
 def write_report(
@@ -43,16 +30,14 @@ def write_report(
       results: one section each.
     """
     losses = [(line["step"], line["loss"]) for line in metrics if "loss" in line]
-    page = _TEMPLATES.get_template("zero_shot.html").render(
+    write_page(
+        path,
+        "zero_shot.html",
         title=title,
-        thumbnail=THUMBNAIL,
         loss_curve=_loss_curve(losses) if losses else None,
         metrics=_metric_names(results),
         sections=[_section(result) for result in results],
     )
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(page, encoding="utf-8")
 
 
 def _metric_names(results: Sequence[ZeroShotResult]) -> list[str]:
@@ -117,7 +102,7 @@ def _loss_curve(losses: Sequence[tuple[int, float]]) -> str:
     axes.plot(*zip(*losses, strict=True), linewidth=1.2)
     axes.set(xlabel="step", ylabel="loss", ylim=(0, None))
     axes.spines[["top", "right"]].set_visible(False)
-    return _figure_url(figure)
+    return figure_url(figure)
 
 
 def _confusion(result: ZeroShotResult) -> str:
@@ -134,7 +119,7 @@ def _confusion(result: ZeroShotResult) -> str:
     axes.set_xticks(range(len(columns)), [names[k] for k in columns], rotation=90, fontsize=8, parse_math=False)
     axes.set_yticks(range(len(rows)), [names[k] for k in rows], fontsize=8, parse_math=False)
     figure.colorbar(picture, ax=axes, label="share of the class")
-    return _figure_url(figure)
+    return figure_url(figure)
 
 
 def _text(result: ZeroShotResult, label: int | np.integer) -> str:
@@ -150,19 +135,4 @@ def _spread(indices: Int[np.ndarray, "n"], count: int) -> Int[np.ndarray, "m"]:
 
 
 def _thumbnail(result: ZeroShotResult, index: int) -> str:
-    image = open_image(result.dataset.source[index].image).convert("RGB")
-    scale = THUMBNAIL / max(image.size)
-    size = tuple(max(1, round(side * scale)) for side in image.size)
-    buffer = io.BytesIO()
-    image.resize(size, Image.Resampling.NEAREST if scale > 1 else Image.Resampling.BICUBIC).save(buffer, "PNG")
-    return _data_url(buffer)
-
-
-def _figure_url(figure: Figure) -> str:
-    buffer = io.BytesIO()
-    FigureCanvasAgg(figure).print_png(buffer)
-    return _data_url(buffer)
-
-
-def _data_url(png: io.BytesIO) -> str:
-    return "data:image/png;base64," + base64.b64encode(png.getvalue()).decode()
+    return picture_url(open_image(result.dataset.source[index].image))

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 
+from clip_jax.data.access import Access
 from clip_jax.data.pipeline import InputConfig
 from clip_jax.data.sources import source_config
 from clip_jax.errors import UserError
@@ -13,6 +14,7 @@ from clip_jax.losses import LOSSES
 from clip_jax.models import CLIP, CLIPConfig, Execution
 from clip_jax.options import inline, kept_values, option
 from clip_jax.parallel import MeshConfig, make_partitioner
+from clip_jax.processing import Augment
 from clip_jax.training.optimizer import OptimizerConfig, make_optimizer
 from clip_jax.training.state import Training
 
@@ -25,7 +27,8 @@ class RunConfig:
     model: CLIPConfig = option(help="the architecture: its fields, or an official name such as ViT-B/32")
     data: Mapping[str, Mapping[str, Any]] = option({}, "sources to train on by name, each with its fields and a weight")
     input: InputConfig = inline(InputConfig())
-    data_dir: str = option("", "where prepared data sets are; empty for TFDS's own default", may_change=True)
+    access: Access = inline(Access())
+    augment: Augment = option(Augment(), "how training varies its images")
     eval_datasets: tuple[str, ...] = option((), "what evaluation measures", may_change=True)
     seed: int = option(0, "of the first weights and of the order of the data")
     batch_size: int = option(32_768, "examples in a step, over all devices")

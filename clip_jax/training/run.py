@@ -64,8 +64,8 @@ def make_reader(config: RunConfig) -> TrainReader:
       UserError: data that is missing or without captions, or a tokenizer that is not known.
     """
     tokenizer = make_tokenizer(config.model.text)
-    mixture = Mixture(*make_sources(config.data, config.data_dir), config.seed, config.batch_size)
-    return TrainReader(mixture, Preprocess.from_config(config.model), tokenizer)
+    mixture = Mixture(*make_sources(config.data, config.access), config.seed, config.batch_size)
+    return TrainReader(mixture, Preprocess.from_config(config.model), tokenizer, config.augment)
 
 
 def _state(checkpoints: Checkpoints, training: Training, seed: int) -> TrainState:

@@ -9,17 +9,17 @@ import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-PIECE = 2**16  # bytes of a body that go out at a time
-
 
 class Loopback(ThreadingHTTPServer):
     """Passes requests on to an emulator.
 
     Attributes:
-      requests: (method, path without what follows the question mark, value of the header Range) of each that came.
-      faults: pairs of a pattern and a list of what becomes of the next requests that match it: "503", "reset",
-        "reset in body", "cut" (the end of the body never comes), "short" (a body that says it is shorter),
-        a number (seconds of delay), "ok"; the last one stays.
+      requests: method, path without what follows the question mark, and header Range of each that came.
+      faults: pairs of a pattern and what becomes of the next requests that match it: a status, "reset", "reset in body",
+        "cut" (the end of the body does not come), "stall" (nor does the connection end), "wait 0.5" (seconds);
+        after "always ", of all that match.
+      released: ends what stalls.
+      outlasted: whether nobody gave up what stalled.
     """
 
     daemon_threads = True
@@ -35,7 +35,8 @@ class Loopback(ThreadingHTTPServer):
         return f"http://127.0.0.1:{self.server_port}"
 
     def clear(self):
-        self.requests, self.faults, self.stalled = [], [], threading.Event()
+        self.requests, self.faults = [], []
+        self.released, self.outlasted = threading.Event(), False
 
     def spoil(self, pattern, *faults):
         """Decide what becomes of the next requests whose line matches a pattern; afterwards they pass."""
@@ -83,9 +84,6 @@ class _Handler(BaseHTTPRequestHandler):
     def _answer(self, status, headers, content, fault="ok"):
         names = ("connection", "transfer-encoding", "content-length", "date", "server")
         length = headers.get("Content-Length") if self.command == "HEAD" else len(content)
-        if fault == "short":
-            content = content[: len(content) // 2]
-            length = len(content)
         self.send_response(status)
         for name, value in headers.items():
             if name.lower() not in names:
@@ -96,7 +94,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.write(content[: len(content) // 2])
             self.wfile.flush()
             if fault == "stall":
-                self.server.stalled.wait(30)
+                self.server.outlasted = not self.server.released.wait(30)
             if fault == "reset in body":
                 time.sleep(0.05)  # for the half to be read
                 return self._reset()

@@ -15,13 +15,14 @@ import numpy as np
 import pytest
 
 from clip_jax.data import tar, tfrecord
+from clip_jax.data.access import Access
 from clip_jax.data.damage import REASONS, Damaged
 from clip_jax.data.order import replacement_index, sample_index
 from clip_jax.data.pipeline import InputConfig, TrainBatches
 from clip_jax.data.reader import Mixture, TrainReader
 from clip_jax.data.sources import source_config
 from clip_jax.errors import UserError
-from clip_jax.processing import Preprocess, decode
+from clip_jax.processing import Augment, Preprocess, decode
 from clip_jax.processing.tokenizers import OpenAITokenizer
 from tests.data.make_shards import add, members, photo, record, write_tar, write_tfrecord
 
@@ -133,12 +134,12 @@ READING = {
 
 
 def open_tar(path):
-    return source_config("tar", {"path": str(path), "block": 1}).open("")
+    return source_config("tar", {"path": str(path), "block": 1}).open(Access())
 
 
 def delivered(source, config, epochs=1):
     """The numbers of the samples of some epochs, and the damage counted."""
-    reader = TrainReader(Mixture((source,), (1.0,), 5, len(source)), Preprocess(8), OpenAITokenizer(16))
+    reader = TrainReader(Mixture((source,), (1.0,), 5, len(source)), Preprocess(8), OpenAITokenizer(16), Augment())
     with contextlib.closing(TrainBatches(reader, config)) as batches:
         rows = [row for _ in range(epochs) for row in next(batches)["text"]]
         return [int(re.search(r"photo number ([\d ]+)", decode(row.tolist()))[1].replace(" ", "")) for row in rows], {
@@ -243,7 +244,7 @@ def test_a_flipped_bit_of_a_record_is_seen(tmp_path):
     write_tfrecord(tmp_path / "a.tfrecord", range(COUNT))
     path = tmp_path / "a.tfrecord"
     path.write_bytes(flipped(path.read_bytes(), 5000))
-    source = source_config("tfrecord", {"path": str(path), "block": 1}).open("")
+    source = source_config("tfrecord", {"path": str(path), "block": 1}).open(Access())
     numbers, counted = delivered(source, SKIP)
     assert counted == {"checksum": 1} and len(numbers) == COUNT
     with pytest.raises(UserError, match=r"a\.tfrecord, offset \d+: the record does not match its checksum"):
@@ -280,7 +281,7 @@ def test_a_source_without_a_sound_sample_ends(tmp_path):
 def test_hosts_stay_in_step_whatever_is_damaged(tmp_path):
     (tmp_path / "a.tar").write_bytes(replaced(7, jpg=b"no"))
     source = open_tar(tmp_path / "a.tar")
-    reader = TrainReader(Mixture((source,), (1.0,), 5, 12), Preprocess(8), OpenAITokenizer(16))
+    reader = TrainReader(Mixture((source,), (1.0,), 5, 12), Preprocess(8), OpenAITokenizer(16), Augment())
     shares, whole = [], None
     for index, count in ((0, 1), (0, 2), (1, 2)):
         with contextlib.closing(TrainBatches(reader, SKIP, 0, index, count)) as batches:
@@ -321,6 +322,6 @@ def test_ten_thousand_mutations_raise_nothing_else_and_take_no_memory():
 def test_a_deeply_nested_json_member_is_damage(tmp_path):
     content = tar_bytes(content=lambda index: members(index) | {"json": b"[" * 200_000})
     (tmp_path / "a.tar").write_bytes(content)
-    source = source_config("tar", {"path": str(tmp_path / "a.tar"), "caption_field": "alt", "block": 1}).open("")
+    source = source_config("tar", {"path": str(tmp_path / "a.tar"), "caption_field": "alt", "block": 1}).open(Access())
     with pytest.raises(Damaged, match="its json is damaged"):
         source[0]

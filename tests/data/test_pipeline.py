@@ -12,7 +12,7 @@ from clip_jax.data.example import Example
 from clip_jax.data.pipeline import InputConfig, TrainBatches, evaluation_batches
 from clip_jax.data.reader import Mixture, TrainReader
 from clip_jax.errors import UserError
-from clip_jax.processing import Preprocess, decode, tokenize
+from clip_jax.processing import Augment, Preprocess, decode, tokenize
 from clip_jax.processing.tokenizers import OpenAITokenizer
 
 
@@ -38,7 +38,7 @@ class Numbered:
 
 SOURCES = (Numbered("apple", 50), Numbered("pear", 30))
 STRICT = InputConfig()
-PROCESSING = {"preprocess": Preprocess(8), "tokenizer": OpenAITokenizer(8)}
+PROCESSING = {"preprocess": Preprocess(8), "tokenizer": OpenAITokenizer(8), "augment": Augment()}
 
 
 def make_batches(sources=SOURCES, weights=(3.0, 1.0), *, seed=1, batch_size=16, config=STRICT, **changes):
@@ -144,6 +144,15 @@ def test_images_and_captions_are_processed_as_the_model_asks():
     np.testing.assert_array_equal(batch["text"][0], tokenize("A Dog", 8, lowercase=False)[0])
     squashed = Image.linear_gradient("L").resize((40, 20)).resize((8, 8), Image.Resampling.BILINEAR).convert("RGB")
     np.testing.assert_array_equal(batch["image"][0], squashed)
+
+
+def test_images_are_augmented_as_asked_and_by_position():
+    vary = Augment(crop="resized", scale=(0.5, 1.0), flip=True, color_jitter=(0.2, 0.2, 0.2, 0.1))
+    whole = take(4, augment=vary)
+    assert_same(take(2, start_step=2, augment=vary), whole[2:])
+    plain = take(4)
+    for batch, other in zip(whole, plain, strict=True):
+        assert not np.array_equal(batch["image"], other["image"])
 
 
 @pytest.mark.parametrize("error", [UserError, OSError])

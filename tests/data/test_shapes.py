@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from clip_jax.data import shapes
+from clip_jax.data.access import Access
 from clip_jax.data.order import sample_generator
 from clip_jax.data.sources import make_sources
 from clip_jax.errors import UserError
@@ -37,7 +38,7 @@ def test_held_out_pairs_are_a_diagonal():
 def test_training_never_shows_nor_names_a_held_out_pair(data_dir):
     held_out = {shapes.PAIRS[label] for label in shapes.HELD_OUT}
     for split in ("train", "validation"):
-        (source,), _ = make_sources({"shapes": {"split": split}}, data_dir)
+        (source,), _ = make_sources({"shapes": {"split": split}}, Access(data_dir))
         labels = [source[index].label for index in range(len(source))]
         assert sorted(labels) == sorted(4 * shapes.SEEN)
         for index in range(len(source)):
@@ -105,7 +106,7 @@ def test_the_picture_shows_what_its_scene_says(label):
 
 
 def test_the_data_set_holds_the_scenes_of_its_seed(data_dir):
-    (source,), _ = make_sources({"shapes": {"split": "held_out"}}, data_dir)
+    (source,), _ = make_sources({"shapes": {"split": "held_out"}}, Access(data_dir))
     prepared = {
         (open_image(example.image).tobytes(), example.captions) for example in map(source.__getitem__, range(32))
     }
@@ -115,7 +116,7 @@ def test_the_data_set_holds_the_scenes_of_its_seed(data_dir):
 
 def test_splits_hold_the_right_pairs(data_dir):
     for split, pairs in (("held_out", shapes.HELD_OUT), ("validation", shapes.SEEN)):
-        (source,), _ = make_sources({"shapes": {"split": split}}, data_dir)
+        (source,), _ = make_sources({"shapes": {"split": split}}, Access(data_dir))
         assert source.class_names == shapes.CLASS_NAMES
         assert {source[index].label for index in range(len(source))} == set(pairs)
     assert len(shapes.HELD_OUT) * shapes.SPLITS["held_out"][1] >= 800

@@ -7,13 +7,14 @@ import numpy as np
 import pytest
 
 from clip_jax.data import files, tar, tfrecord
+from clip_jax.data.access import Access
 from clip_jax.data.order import Windows
 from clip_jax.data.pipeline import InputConfig, TrainBatches
 from clip_jax.data.reader import Mixture, TrainReader
 from clip_jax.data.shards import Shards
 from clip_jax.data.sources import source_config
 from clip_jax.errors import UserError
-from clip_jax.processing import Preprocess
+from clip_jax.processing import Augment, Preprocess
 from clip_jax.processing.tokenizers import OpenAITokenizer
 from tests.data.make_shards import add, caption, members, photo, write_tar, write_tfrecord
 
@@ -22,11 +23,12 @@ SHARDS = (range(0, 25), range(25, 26), range(26, 60))
 
 
 def open_source(kind, path, **fields):
-    return source_config(kind, {"path": str(path), **fields}).open("")
+    return source_config(kind, {"path": str(path), **fields}).open(Access())
 
 
 def batches_of(*sources, count=6, config=InputConfig(), **changes):  # noqa: B008
-    reader = TrainReader(Mixture(sources, (1.0,) * len(sources), 3, 16), Preprocess(24), OpenAITokenizer(16))
+    mixture = Mixture(sources, (1.0,) * len(sources), 3, 16)
+    reader = TrainReader(mixture, Preprocess(24), OpenAITokenizer(16), Augment())
     with contextlib.closing(TrainBatches(reader, config, **changes)) as batches:
         return [next(batches) for _ in range(count)]
 
@@ -127,7 +129,7 @@ def test_an_index_is_made_once_and_again_when_its_shard_changes(tmp_path, monkey
         return tar.scan(read, size)
 
     for _ in range(2):
-        assert len(Shards(str(path), counting)) == 3
+        assert len(Shards(files.find(str(path)), counting)) == 3
     assert len(scans) == 1 and os.listdir(tmp_path / ".clip_jax_index") == ["a.tar.npz"]
     time.sleep(0.01)
     write_tar(path, range(10, 15))
@@ -158,13 +160,13 @@ def test_an_index_goes_to_the_cache_where_the_shards_folder_cannot_be_written(tm
 def test_many_shards_are_indexed_by_processes(tmp_path):
     for number in range(12):
         write_tar(tmp_path / f"{number:03}.tar", [number], content=lambda index: {"jpg": b"j", "txt": b"t"})
-    shards = Shards(f"{tmp_path}/{{000..011}}.tar", tar.scan)
+    shards = Shards(files.find(f"{tmp_path}/{{000..011}}.tar"), tar.scan)
     assert len(shards) == 12
     assert [tar.parse(shards.read(index))[0] for index in range(12)] == [f"{index:08}" for index in range(12)]
 
 
 def test_samples_come_in_ranges_over_shards(shards):
-    source = Shards(str(shards / "*.tfrecord"), tfrecord.scan)
+    source = Shards(files.find(str(shards / "*.tfrecord")), tfrecord.scan)
     assert source.read_range(20, 40) == [source.read(index) for index in range(20, 40)]
     assert len(list(source.ranges(20, 40))) == 3
 
@@ -176,15 +178,15 @@ def test_samples_come_in_ranges_over_shards(shards):
         ({"path": "nowhere/*.tar"}, "no file matches nowhere"),
         ({"path": "nowhere/{000..001}.tar"}, "nowhere/000.tar cannot be opened: No such file"),
         ({"path": "nowhere/{000..001.tar"}, "expected braces such as"),
-        ({"path": "here://x/a.tar"}, "here://x/a.tar: Protocol not known: here"),
+        ({"path": "here://x/a.tar"}, "here://x: Protocol not known: here"),
         ({"path": "a.tar", "block": 0}, "block must be at least 1, got 0"),
     ],
 )
 def test_mistakes_are_named(fields, message):
     with pytest.raises(UserError, match=message):
-        source_config("tar", fields).open("")
+        source_config("tar", fields).open(Access())
 
 
 def test_windows_are_part_of_the_source():
     source = source_config("tar", {"path": "x"})
-    assert Windows(source.block, source.window, source.lanes) == Windows(128, 32, 8)
+    assert Windows(source.block, source.window, source.lanes) == Windows(128, 128, 8)

@@ -6,6 +6,7 @@ import pytest
 from PIL import Image
 
 from clip_jax.data import shapes
+from clip_jax.data.access import Access
 from clip_jax.errors import UserError
 from clip_jax.evaluation.datasets import evaluation_set
 
@@ -16,13 +17,13 @@ def labels_of(dataset):
 
 def test_shapes_are_the_pairs_held_out_or_those_seen(data_dir):
     for name, labels in (("shapes", shapes.HELD_OUT), ("shapes_seen", shapes.SEEN)):
-        dataset = evaluation_set(name, data_dir)
+        dataset = evaluation_set(name, Access(data_dir))
         assert dataset.class_names == shapes.CLASS_NAMES
         assert labels_of(dataset) == set(labels)
 
 
 def test_prompts_have_the_right_article(data_dir):
-    dataset = evaluation_set("shapes", data_dir)
+    dataset = evaluation_set("shapes", Access(data_dir))
     prompts = {template.format(name) for template in dataset.templates for name in dataset.class_names}
     assert {"an orange circle", "a photo of an orange circle", "there is a red star"} <= prompts
     assert not [prompt for prompt in prompts if re.search(r"\ba [aeiou]|\ban? an?\b|\ban [^aeiou]", prompt)]
@@ -47,18 +48,33 @@ def test_a_folder_of_class_folders(tmp_path):
 
 def test_tfds_names(photos_dir, data_dir):
     for name, size in (("tiny_photos", 4), ("tiny_photos/train", 10), ("tiny_photos:1.0.0/train", 10)):
-        dataset = evaluation_set(name, photos_dir)
+        dataset = evaluation_set(name, Access(photos_dir))
         assert (dataset.name, dataset.class_names, len(dataset.source)) == (name, ("cat", "dog"), size)
     name = f"shapes:{shapes.Shapes.VERSION}"  # no test split, so the validation split
-    assert labels_of(evaluation_set(name, data_dir)) == set(shapes.SEEN)
-    with pytest.raises(UserError, match="not prepared"):
-        evaluation_set("tiny_images/test", photos_dir)
+    assert labels_of(evaluation_set(name, Access(data_dir))) == set(shapes.SEEN)
+    with pytest.raises(UserError, match="TFDS knows none of that name"):
+        evaluation_set("tiny_images/test", Access(photos_dir))
+
+
+def test_a_missing_tfds_set_is_fetched_by_its_own_name_only(tmp_path, monkeypatch):
+    """NAME/CONFIGURATION and NAME/SPLIT are told apart; whatever fails, nothing else is fetched instead."""
+    from clip_jax.data import tfds_builder
+    from tests import tiny_photos  # TFDS knows them now  # noqa: F401
+
+    asked = []
+    monkeypatch.setattr(tfds_builder, "prepare", lambda builder: asked.append(builder.info.full_name) or 1 / 0)
+    for name in ("tiny_configs/green", "tiny_photos/test", "tiny_photos"):
+        with pytest.raises(ZeroDivisionError):
+            evaluation_set(name, Access(str(tmp_path)))
+        with pytest.raises(UserError, match=r"not prepared in .* --offline"):
+            evaluation_set(name, Access(str(tmp_path), offline=True))
+    assert asked == ["tiny_configs/green/1.0.0", "tiny_photos/1.0.0", "tiny_photos/1.0.0"]
 
 
 @pytest.mark.parametrize("unknown", ["shaeps", "photos/test"])
 def test_an_unknown_name_lists_what_is_accepted(unknown, tmp_path):
     with pytest.raises(UserError) as error:
-        evaluation_set(unknown, str(tmp_path))
+        evaluation_set(unknown, Access(str(tmp_path)))
     message = str(error.value)
     assert all(name in message for name in (repr(unknown), "shapes, shapes_seen, digits", "folder", "NAME/SPLIT"))
     assert "\n" not in message
@@ -68,11 +84,11 @@ def test_wordnet_ids_are_no_class_names(monkeypatch):
     """TFDS calls ImageNet's classes so: a prompt with them would score at chance without an error."""
     from types import SimpleNamespace
 
-    from clip_jax.data import tfds_source
+    from clip_jax.data import tfds_builder, tfds_source
 
     source = SimpleNamespace(name="imagenet_v2", class_names=("n01440764", "n01443537"))
     builder = SimpleNamespace(info=SimpleNamespace(splits=("test",)))
-    monkeypatch.setattr(tfds_source, "open_builder", lambda name, data_dir: builder)
+    monkeypatch.setattr(tfds_builder, "open_builder", lambda name, access: builder)
     monkeypatch.setattr(tfds_source, "TfdsSource", lambda builder, split: source)
     with pytest.raises(UserError, match=r"classes of imagenet_v2 are called n01440764 .* class_names"):
         evaluation_set("imagenet_v2")

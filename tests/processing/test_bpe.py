@@ -1,3 +1,4 @@
+import itertools
 import subprocess
 import sys
 import time
@@ -128,6 +129,39 @@ def test_truncate_keeps_end_of_text_last():
         [START_OF_TEXT, dog, dog, dog, END_OF_TEXT],
         [START_OF_TEXT, dog, END_OF_TEXT, 0, 0],
     ]
+
+
+def test_truncating_reads_little_and_changes_no_row(monkeypatch):
+    read, clean = [], bpe._clean
+    lines = awkward_texts(6_000, seed=3)
+    texts = ["\n".join(itertools.islice(lines, 60)) for _ in range(100)]
+    texts += [" " * (7 * 128) + "dog " * 100, "<|endoftext|>" * 300, "a" * 700 + " " + "b" * 2000, "& &amp; < " * 300]
+    assert min(map(len, texts)) > 4 * 256
+    whole = [encode(text) for text in texts]
+    monkeypatch.setattr(bpe, "_clean", lambda text: read.append(len(text)) or clean(text))
+    rows = tokenize(texts, context_length=4, truncate=True)
+    assert rows.tolist() == [[START_OF_TEXT, *ids[:2], END_OF_TEXT] for ids in whole]
+    assert set(read) == {4 * 256}
+
+
+def test_the_limit_of_what_is_read_outlasts_the_longest_pieces():
+    assert (
+        8 * max(len(piece.removesuffix(b"</w>").decode(errors="ignore")) for piece in bpe.vocabulary().pieces[:-2])
+        <= 256
+    )
+
+
+@pytest.mark.parametrize("text", ["é" * 5_000_000, "dog" * 2_000_000, " " * 5_000_000, "&amp;" * 1_000_000])
+def test_hostile_megabytes_are_left_unread(text, monkeypatch):
+    clean = bpe._clean
+
+    def limited(text):
+        assert len(text) <= 77 * 256
+        return clean(text)
+
+    monkeypatch.setattr(bpe, "_clean", limited)
+    row = tokenize(text, truncate=True)[0]
+    assert row[0] == START_OF_TEXT and END_OF_TEXT in row
 
 
 def test_no_texts_and_no_room():

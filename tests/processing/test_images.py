@@ -175,41 +175,11 @@ def test_squashing_to_a_size_beyond_all_reason_is_refused():
         Preprocess(32, resize="squash", resize_to=2**20).resize_and_crop(image_of("RGB", 5, 5))
 
 
-@pytest.mark.parametrize("size", [(24, 12), (12, 24)])
-def test_random_square_crop_reaches_every_place_evenly(size):
-    image = image_of("RGB", *size)
-    whole = np.asarray(image.resize(tuple(side // 2 for side in size), Image.Resampling.BICUBIC))
-    places = [whole[6 - top : 12 - top] if size[1] > size[0] else whole[:, 6 - top : 12 - top] for top in range(7)]
-    rng = np.random.default_rng(0)
-    counts = np.zeros(7)
-    for _ in range(700):
-        crop = Preprocess(6).resize_and_crop_randomly(image, rng)
-        counts += [np.array_equal(crop, place) for place in places]
-    assert counts.sum() == 700
-    assert counts.min() > 60
-
-
-def test_random_square_crop_is_a_function_of_the_generator():
-    image = image_of("RGBA", 90, 30)
-    rngs = np.random.default_rng(7), np.random.default_rng(7)
-    first, again = ([Preprocess(10).resize_and_crop_randomly(image, rng) for _ in range(3)] for rng in rngs)
-    np.testing.assert_array_equal(first, again)
-    assert not np.array_equal(first[0], first[1])
-    # A square has only one crop, the central one.
-    square = image_of("P", 33, 33)
-    np.testing.assert_array_equal(
-        Preprocess(10).resize_and_crop_randomly(square, np.random.default_rng(0)),
-        Preprocess(10).resize_and_crop(square),
-    )
-
-
 @pytest.mark.parametrize("size", [(1, 2_000_000), (2_000_000, 1), (0, 5)])
 def test_image_that_would_explode_or_is_empty_is_refused(size):
     image = Image.new("L", size)
     with pytest.raises(UserError, match=r"elongated|with pixels"):
         Preprocess(224).resize_and_crop(image)
-    with pytest.raises(UserError, match=r"elongated|with pixels"):
-        Preprocess(224).resize_and_crop_randomly(image, np.random.default_rng(0))
 
 
 def test_mode_without_rgb_is_refused():

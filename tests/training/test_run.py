@@ -13,6 +13,7 @@ from clip_jax import cli, model_folder, options
 from clip_jax.errors import UserError
 from clip_jax.models import Execution
 from clip_jax.parallel import MeshConfig
+from clip_jax.processing import Augment
 from clip_jax.training import config as config_module
 from clip_jax.training.config import RunConfig, check_same_run
 from clip_jax.training.optimizer import OptimizerConfig
@@ -49,6 +50,13 @@ def leaves(state):
 def undisturbed(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("undisturbed")
     return workdir, run(config_of(), str(workdir))
+
+
+def test_the_augmentation_of_the_config_is_applied(undisturbed, tmp_path):
+    run(config_of(augment=Augment(crop="resized", scale=(0.5, 0.6)), total_steps=3), str(tmp_path))
+    first, plain = (read_metrics(workdir)[0] for workdir in (tmp_path, undisturbed[0]))
+    assert first["step"] == plain["step"] == 1
+    assert first["loss"] != plain["loss"]
 
 
 def test_a_run_writes_metrics_checkpoints_and_its_configuration(undisturbed):
