@@ -207,7 +207,8 @@ def _content(shard: File, index_dir: str) -> str:
     """The file that samples are read from: the shard, or what a gzip shard is unpacked to."""
     if not shard.path.endswith(".gz"):
         return shard.path
-    return os.path.join(_own_place(shard, index_dir), os.path.basename(shard.path).removesuffix(".gz"))
+    place = _own_place(shard, "" if files.is_remote(index_dir) else index_dir)
+    return os.path.join(place, os.path.basename(shard.path).removesuffix(".gz"))
 
 
 def _count_all(shards: Sequence[File], scan: Scan, index_dir: str) -> tuple[list[int], tuple[Damaged, ...]]:

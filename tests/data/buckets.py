@@ -15,7 +15,7 @@ class Loopback(ThreadingHTTPServer):
 
     Attributes:
       requests: method, path without what follows the question mark, and header Range of each that came.
-      faults: pairs of a pattern and what becomes of the next requests that match it: a status, "reset", "reset in body",
+      faults: pairs of a pattern and what becomes of the next requests that match: a status, "reset", "reset in body",
         "cut" (the end of the body does not come), "stall" (nor does the connection end), "wait 0.5" (seconds);
         after "always ", of all that match.
       released: ends what stalls.

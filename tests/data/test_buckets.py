@@ -162,6 +162,9 @@ def test_gzip_shards_are_fetched_in_large_pieces(server, tmp_path):
     source = open_source("tar", f"{server.place}/a.tar.gz")
     assert source[4].captions == (caption(4),)
     assert len(server.gets("a.tar.gz")) == 1
+    indexes = f"{server.place}/indexes"
+    assert len(open_source("tar", f"{server.place}/a.tar.gz", index_dir=indexes)) == 20
+    assert len(files.find(f"{indexes}/*/a.tar.gz.npz")) == 1
 
 
 @pytest.mark.parametrize("on_damage", ["stop", "skip"])
@@ -174,7 +177,7 @@ def test_tables_are_read_from_buckets(server, tmp_path, on_damage, monkeypatch):
     monkeypatch.setattr(bucket, "_PATIENCE", 0.0)
     there = open_source("parquet", f"{server.place}/a.parquet")
     server.spoil("GET.*parquet", "always 503")
-    with pytest.raises(Unreachable, match="a.parquet cannot be reached"):
+    with pytest.raises(Unreachable, match=r"a[.]parquet cannot be reached"):
         batches_of(there, count=1, config=InputConfig(on_damage=on_damage))
 
 
@@ -200,7 +203,7 @@ def test_damaged_shards_are_told_as_on_a_disk(server, folder, tmp_path):
     ],
 )
 def test_missing_shards_are_named(stored, name, message):
-    with pytest.raises(UserError, match="/nowhere is missing$"):
+    with pytest.raises(UserError, match=r"/nowhere is missing$"):
         files.one(f"{stored.place}/nowhere")
     with pytest.raises(UserError, match=re.escape(message.format(place=stored.place))):
         open_source("tar", f"{stored.place}/{name}")
