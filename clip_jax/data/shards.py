@@ -11,12 +11,11 @@ import hashlib
 import io
 import json
 import logging
-import multiprocessing
 import os
 import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from threading import Lock
@@ -29,6 +28,7 @@ from tqdm import tqdm
 from clip_jax.data import files
 from clip_jax.data.damage import Damaged, naming
 from clip_jax.data.files import File
+from clip_jax.data.processes import process_pool
 from clip_jax.errors import UserError
 
 Read = Callable[[int, int], bytes]
@@ -228,7 +228,7 @@ def _executor(shards: Sequence[File]) -> Executor:
     """Processes for many shards that are here (parsing headers holds the lock), threads where waiting is the work."""
     if len(shards) <= _FEW_SHARDS or files.is_remote(shards[0].path):
         return ThreadPoolExecutor(_FEW_SHARDS)
-    return ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn"))
+    return process_pool(os.cpu_count())
 
 
 def _ready_count(shard: File, index_dir: str) -> tuple[int, tuple[Damaged, ...]] | None:
