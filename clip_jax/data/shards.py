@@ -41,6 +41,7 @@ logger = logging.getLogger(__name__)
 _VERSION = 1
 _FOLDER = ".clip_jax_index"
 _INDEXES_IN_MEMORY = 512
+_GZIP = (".gz", ".tgz")
 _FEW_SHARDS = 8  # indexed without starting processes
 _READ_AHEAD = 2**22  # bytes, of a shard in a bucket that is indexed
 _MAX_UNPACKED = 50  # times its size: photographs do not get 50 times smaller, a gzip bomb does
@@ -205,9 +206,9 @@ def _places(shard: File, index_dir: str) -> list[str]:
 
 def _content(shard: File, index_dir: str) -> str:
     """The file that samples are read from: the shard, or what a gzip shard is unpacked to."""
-    if not shard.path.endswith(".gz"):
+    if not shard.path.endswith(_GZIP):
         return shard.path
-    return os.path.join(_own_place(shard, index_dir), os.path.basename(shard.path).removesuffix(".gz"))
+    return os.path.join(_own_place(shard, index_dir), os.path.basename(shard.path) + ".unpacked")
 
 
 def _count_all(shards: Sequence[File], scan: Scan, index_dir: str) -> tuple[list[int], tuple[Damaged, ...]]:
