@@ -155,6 +155,7 @@ def webdataset(folder: Path) -> Iterator[int]:
 def tf_data(folder: Path) -> Iterator[int]:
     """tf.data over TFRecords, with the tokenizer in the graph."""
     import tensorflow as tf
+
     from clip_jax.processing.tf_bpe import TfTokenizer
 
     tf.config.threading.set_intra_op_parallelism_threads(1)

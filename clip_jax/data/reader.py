@@ -14,6 +14,7 @@ from clip_jax.data.order import mixture_index, replacement_index, sample_generat
 from clip_jax.processing import Augment, Preprocess, Tokenizer
 
 _CACHED_TEXTS = 2**16  # all captions of the embedded data sets
+_LONGEST_CACHED = 1000  # characters; texts of megabytes would fill the memory
 _ATTEMPTS = 100  # stand-ins for one position, before a source counts as broken altogether
 
 
@@ -143,8 +144,13 @@ class TrainReader:
             return caption, image, _tokens(self.tokenizer, caption)
 
 
-@functools.lru_cache(_CACHED_TEXTS)
 def _tokens(tokenizer: Tokenizer, text: str) -> Int32[np.ndarray, "context_length"]:
+    tokenize = _cached_tokens if len(text) <= _LONGEST_CACHED else _cached_tokens.__wrapped__
+    return tokenize(tokenizer, text)
+
+
+@functools.lru_cache(_CACHED_TEXTS)
+def _cached_tokens(tokenizer: Tokenizer, text: str) -> Int32[np.ndarray, "context_length"]:
     return tokenizer([text], truncate=True)[0]
 
 

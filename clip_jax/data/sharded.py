@@ -10,6 +10,7 @@ from threading import Lock
 from typing import Any
 
 from clip_jax.data import files
+from clip_jax.data.checked import decoded_captions
 from clip_jax.data.damage import Damaged, naming
 from clip_jax.data.example import Example
 from clip_jax.data.order import Windows
@@ -94,11 +95,7 @@ def _with_json(sample: Mapping[str, Any], fields: Fields) -> Mapping[str, Any]:
 def _captions(value: Any) -> tuple[str, ...]:
     """One caption, or a list of them, as text; none where there is nothing to read."""
     values = value if isinstance(value, list) else [] if value is None else [value]
-    try:
-        texts = [text.decode("utf-8") if isinstance(text, bytes) else str(text) for text in values]
-    except UnicodeDecodeError as error:
-        raise Damaged("caption", f"the caption is not UTF-8 text (byte {error.start})") from error
-    return tuple(text for text in (text.strip() for text in texts) if text)
+    return decoded_captions(text if isinstance(text, bytes | str) else str(text) for text in values)
 
 
 def _label(value: Any) -> int:

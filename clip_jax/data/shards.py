@@ -11,12 +11,11 @@ import hashlib
 import io
 import json
 import logging
-import multiprocessing
 import os
 import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from threading import Lock
@@ -29,6 +28,7 @@ from clip_jax.data import files
 from clip_jax.data.bucket import Stream
 from clip_jax.data.damage import Damaged, Unreachable, naming
 from clip_jax.data.files import File
+from clip_jax.data.processes import process_pool
 from clip_jax.errors import UserError
 
 Read = Callable[[int, int], bytes]
@@ -41,6 +41,7 @@ logger = logging.getLogger(__name__)
 _VERSION = 1
 _FOLDER = ".clip_jax_index"
 _INDEXES_IN_MEMORY = 512
+_GZIP = (".gz", ".tgz")
 _FEW_SHARDS = 8  # indexed without starting processes
 _READ_AHEAD = 2**22  # bytes, of a shard in a bucket that is indexed
 _MAX_UNPACKED = 50  # times its size: photographs do not get 50 times smaller, a gzip bomb does
@@ -205,10 +206,10 @@ def _places(shard: File, index_dir: str) -> list[str]:
 
 def _content(shard: File, index_dir: str) -> str:
     """The file that samples are read from: the shard, or what a gzip shard is unpacked to."""
-    if not shard.path.endswith(".gz"):
+    if not shard.path.endswith(_GZIP):
         return shard.path
     place = _own_place(shard, "" if files.is_remote(index_dir) else index_dir)
-    return os.path.join(place, os.path.basename(shard.path).removesuffix(".gz"))
+    return os.path.join(place, os.path.basename(shard.path) + ".unpacked")
 
 
 def _count_all(shards: Sequence[File], scan: Scan, index_dir: str) -> tuple[list[int], tuple[Damaged, ...]]:
@@ -229,7 +230,7 @@ def _executor(shards: Sequence[File]) -> Executor:
     """Processes for many shards that are here (parsing headers holds the lock), threads where waiting is the work."""
     if len(shards) <= _FEW_SHARDS or files.is_remote(shards[0].path):
         return ThreadPoolExecutor(_FEW_SHARDS)
-    return ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn"))
+    return process_pool(os.cpu_count())
 
 
 def _ready_count(shard: File, index_dir: str) -> tuple[int, tuple[Damaged, ...]] | None:
