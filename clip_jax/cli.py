@@ -3,6 +3,7 @@
 import argparse
 import importlib.util
 import logging
+import os
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -36,6 +37,9 @@ def run(main: Callable[[Sequence[str]], int | None]) -> None:
         mistake, code = f"{error}: {sys.executable} has not got all that the scripts need; {INSTALL}", 2
     except KeyboardInterrupt:
         code = 130
+    except BrokenPipeError:  # whoever reads what is printed, `head` say, has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 0
     if mistake:  # said only now that the exception is gone, and with it the progress bars that its frames kept open
         print(f"error: {mistake}", file=sys.stderr)
     sys.exit(code)

@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from clip_jax.data import files
+from clip_jax.data.bucket import Stream
 from clip_jax.data.damage import Damaged, naming
 from clip_jax.data.files import File
 
@@ -187,10 +188,7 @@ def _contents(file: File) -> tuple[pa.Schema, tuple[int, ...]]:
 
 
 def _opened(path: str) -> pa.NativeFile:
-    if not files.is_remote(path):
-        return pa.OSFile(path)
-    with files.reachable(path):
-        return pa.PythonFile(files.file_system(path).open(path, "rb"), "r")
+    return pa.PythonFile(Stream(path), "r") if files.is_remote(path) else pa.OSFile(path)
 
 
 def _batches(source: pa.NativeFile, group: int, columns: list[str]) -> Iterator[pa.RecordBatch]:
