@@ -54,11 +54,13 @@ def run(job: Job, destination: Destination, runner: Runner, on_report: Callable[
         logger.info("%s is prepared already", destination.finished)
     else:
         with _workplace(job, destination):
-            _work(job, destination, runner, on_report)
+            _work(job, runner)
+            _finish(job, destination, on_report)
     shutil.rmtree(destination.unfinished, ignore_errors=True)
 
 
-def _work(job: Job, destination: Destination, runner: Runner, on_report: Callable[[str], None]) -> None:
+def _work(job: Job, runner: Runner) -> None:
+    """Run all stages."""
     if job.options.dedup != "none":
         _run_stage(HashStage(), "hashing", job, runner, lambda number: None)
         decide_duplicates(job)
@@ -74,6 +76,10 @@ def _work(job: Job, destination: Destination, runner: Runner, on_report: Callabl
             )
 
     _run_stage(ShardStage(), "writing", job, runner, check)
+
+
+def _finish(job: Job, destination: Destination, on_report: Callable[[str], None]) -> None:
+    """Make the data set of the shards, all of which are there."""
     summaries = [summary(job, number) for number in range(job.shards)]
     everything = total(summaries)
     if not everything.kept:
@@ -106,7 +112,9 @@ def _run_stage(stage: Stage, verb: str, job: Job, runner: Runner, check: OnDone)
 
 def _first_damage(job: Job, number: int) -> str:
     shown = summary(job, number).shown
-    return next((f"{key}: {message}" for _, reason, key, message in shown if reason in REASONS), "those before")
+    return next(
+        (f"{key or 'a sample'}: {message}" for _, reason, key, message in shown if reason in REASONS), "those before"
+    )
 
 
 @contextmanager
