@@ -2,12 +2,10 @@
 
 import functools
 import multiprocessing
-import os
 import shlex
 import signal
-import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, wait
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.sharedctypes import Synchronized
 from typing import Protocol, runtime_checkable
@@ -16,6 +14,7 @@ from tqdm import tqdm
 
 from clip_jax.data.preparation.job import Job
 from clip_jax.data.preparation.ranges import Stage
+from clip_jax.data.processes import process_pool
 from clip_jax.errors import UserError
 
 OnDone = Callable[[int], None]  # is told the number of a range whose files are there
@@ -62,9 +61,8 @@ class Processes:
         """See `Runner`."""
         if len(numbers) == 1:
             return InProcess().run(stage, job, numbers, bar, on_done)
-        context = multiprocessing.get_context("spawn")
-        ticks, waiting, running = context.Value("q", 0), list(reversed(numbers)), {}
-        pool = ProcessPoolExecutor(min(self._count, len(numbers)), context, _begin, (stage, job, ticks))
+        ticks, waiting, running = multiprocessing.get_context("spawn").Value("q", 0), list(reversed(numbers)), {}
+        pool = process_pool(min(self._count, len(numbers)), _begin, stage, job, ticks)
         start = bar.n
         try:
             while waiting or running:
@@ -126,10 +124,9 @@ _work: Callable[[int], None]  # of a worker process
 
 
 def _begin(stage: Stage, job: Job, ticks: Synchronized) -> None:
-    """Set a worker process up. It ends at Ctrl-C, and with its parent, whatever that died of."""
+    """Set a worker process up. It ends at Ctrl-C: what it was at is begun anew."""
     global _work
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
 
     def tick() -> None:
         with ticks.get_lock():
@@ -140,8 +137,3 @@ def _begin(stage: Stage, job: Job, ticks: Synchronized) -> None:
 
 def _run(number: int) -> None:
     _work(number)
-
-
-def _end_with_parent() -> None:
-    multiprocessing.parent_process().join()
-    os._exit(1)
