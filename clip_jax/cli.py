@@ -3,6 +3,7 @@
 import argparse
 import importlib.util
 import logging
+import os
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -36,6 +37,9 @@ def run(main: Callable[[Sequence[str]], int | None]) -> None:
         mistake, code = f"{error}: {sys.executable} has not got all that the scripts need; {INSTALL}", 2
     except KeyboardInterrupt:
         code = 130
+    except BrokenPipeError:  # whoever reads what is printed, `head` say, has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 0
     if mistake:  # said only now that the exception is gone, and with it the progress bars that its frames kept open
         print(f"error: {mistake}", file=sys.stderr)
     sys.exit(code)
@@ -63,7 +67,7 @@ def parse(
         "--offline", action="store_true", help="refuse TFDS data sets that are not prepared; TFDS would fetch them"
     )
     flags, rest = parser.parse_known_args(argv)
-    overrides = _assignments(rest, parser)
+    overrides = assignments(rest, parser, "config")
     if flags.offline and flags.config is not None:
         overrides["offline"] = "true"
     if overrides and flags.config is None:
@@ -92,6 +96,17 @@ def load_config(name: str, overrides: Mapping[str, str] | None = None) -> "RunCo
     for field, text in (overrides or {}).items():
         values = options.override(RunConfig, values, field, text, origin)
     return options.from_dict(RunConfig, values, origin)
+
+
+def assignments(rest: Sequence[str], parser: argparse.ArgumentParser, group: str) -> dict[str, str]:
+    """Arguments that set fields of a group: ["--config.a=1", "--config.b", "2"] -> {"a": "1", "b": "2"}."""
+    pairs, arguments = {}, iter(rest)
+    for argument in arguments:
+        if not argument.startswith(f"--{group}."):
+            parser.error(f"unrecognized argument: {argument}")
+        field, equals, value = argument.removeprefix(f"--{group}.").partition("=")
+        pairs[field] = value if equals else next(arguments, "")
+    return pairs
 
 
 def _file_values(name: str) -> dict[str, Any]:
@@ -124,17 +139,6 @@ def _place(error: Exception, path: Path) -> str:
         return f"{error.filename}:{error.lineno}"
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
     return f"{path}:{lines[-1]}" if lines else str(path)
-
-
-def _assignments(rest: Sequence[str], parser: argparse.ArgumentParser) -> dict[str, str]:
-    """["--config.a=1", "--config.b", "2"] -> {"a": "1", "b": "2"}."""
-    pairs, arguments = {}, iter(rest)
-    for argument in arguments:
-        if not argument.startswith("--config."):
-            parser.error(f"unrecognized argument: {argument}")
-        field, equals, value = argument.removeprefix("--config.").partition("=")
-        pairs[field] = value if equals else next(arguments, "")
-    return pairs
 
 
 class _HelpConfig(argparse.Action):
