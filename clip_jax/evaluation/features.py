@@ -15,6 +15,7 @@ import os
 import zipfile
 import zlib
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -153,12 +154,12 @@ def _on_every_host(found: bool) -> bool:
 def _read(file: Path, examples: int) -> Features | None:
     """The features in a file; None if there is none, or it is damaged (NumPy checks each array's CRC-32)."""
     try:
-        with np.load(file, allow_pickle=False) as arrays:
+        with file.open("rb") as stream, np.load(stream, allow_pickle=False) as arrays:
             features = Features(arrays["values"], arrays["labels"])
         if features.values.ndim != 2 or not len(features.values) == len(features.labels) == examples:
             raise ValueError(f"{features.values.shape} features of {examples} examples")
         return features
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         logger.warning("%s is damaged (%s); its features are computed again", file, error)
@@ -174,7 +175,8 @@ def _write(file: Path, features: Features) -> None:
         part.replace(file)
     except OSError as error:
         logger.warning("cannot keep features in %s (%s); they will be computed again next time", file, error)
-        part.unlink(missing_ok=True)
+        with suppress(OSError):
+            part.unlink(missing_ok=True)
 
 
 def _sha256(content: bytes) -> str:

@@ -12,7 +12,6 @@ from clip_jax.evaluation.few_shot import FewShotResult
 from clip_jax.evaluation.linear_probe import LinearProbeResult
 from clip_jax.evaluation.metrics import confusion_matrix
 from clip_jax.evaluation.retrieval import RetrievalResult
-from clip_jax.evaluation.tasks import Result
 from clip_jax.evaluation.zero_shot import ZeroShotResult
 from clip_jax.processing.images import open_image
 from clip_jax.reports.few_shot import few_shot_curve
@@ -22,12 +21,14 @@ SAMPLES = 12  # images shown with their prediction
 MATRIX = 8  # images and texts in the similarity matrix
 MOST_CLASSES = 100  # in a picture of the confusion matrix
 
+AnyResult = ZeroShotResult | RetrievalResult | LinearProbeResult | FewShotResult
+
 
 def write_report(
     path: str | Path,
     title: str,
     metrics: Sequence[Mapping[str, Any]],
-    results: Sequence[Result],
+    results: Sequence[AnyResult],
 ) -> None:
     """Write the page; pictures are inside it, so that the one file can be sent to anyone.
 
@@ -58,7 +59,7 @@ def write_report(
     )
 
 
-def _metric_names(results: Sequence[Result]) -> list[str]:
+def _metric_names(results: Sequence[AnyResult]) -> list[str]:
     """The metrics that any of the results has, in the order of that which has most."""
     longest_first = sorted((list(result.metrics) for result in results), key=len, reverse=True)
     return list(dict.fromkeys(name for names in longest_first for name in names))
