@@ -60,7 +60,7 @@ def main(argv: Sequence[str]) -> None:
     encoders, variables = load_encoders(weights, config)
     results = [task.run(encoders, variables, dataset) for task, dataset in jobs]
     for result in results:
-        print(f"{result.dataset.name}: " + ", ".join(f"{key} {value:.4f}" for key, value in result.metrics.items()))
+        print(f"{result.dataset.name}: " + ", ".join(f"{key} {value:.4g}" for key, value in result.metrics.items()))
     model = config.name if config else weights
     if flags.output:
         rows = [benchmark_row(result, model, weights) for result in results]

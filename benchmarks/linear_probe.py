@@ -4,7 +4,7 @@
 
 They take turns in one process on the same features, each for the same number of L-BFGS iterations; the median round
 counts. All begin at zero and follow the same rules, so they should arrive at the same weights: the table says how far
-from scikit-learn's float64 they are, and how many evaluations of loss and gradient they needed is one number for all.
+from scikit-learn's float64 they are.
 """
 
 import argparse
