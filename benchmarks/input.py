@@ -6,13 +6,14 @@ Each contestant reads the same JPEGs with their captions from this machine's dis
 the paper (the shorter side resized, a square from anywhere), and tokens. The loader is a small script around
 `webdataset` (pip install --no-deps webdataset), Pillow, PyTorch and OpenAI's tokenizer; tf.data reads TFRecords with
 TensorFlow's own decoder and resizing, and this project's tokenizer in the graph. Every contestant has a process of its
-own and takes turns with the others; what counts is the CPU time of all its threads, so that a busy machine changes
-little, in the median of the rounds. `raw` decodes and resizes with Pillow, images in memory, in the fastest way found.
+own on one core and takes turns with the others; what counts is the CPU time of all its threads, so that a busy machine
+changes little, in the median of the rounds. `raw` decodes and resizes with Pillow, images in memory, in the fastest way found.
 """
 
 import argparse
 import io
 import json
+import os
 import random
 import resource
 import statistics
@@ -179,7 +180,9 @@ def tf_data(folder: Path) -> Iterator[int]:
 
 
 def measure(contestant: str, folder: Path, count: int) -> float:
-    """Images per second of CPU time, after some to warm up."""
+    """Images per second of CPU time on one core, after some to warm up."""
+    if hasattr(os, "sched_setaffinity"):  # two threads of one core, which many machines count as two, slow each other
+        os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     kinds: dict[str, Callable[[Path], Iterator[int]]] = {"raw": raw, "webdataset": webdataset, "tf.data": tf_data}
     batches = kinds[contestant](folder) if contestant in kinds else ours(contestant, folder)
     warm = 0
