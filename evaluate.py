@@ -1,7 +1,8 @@
-"""Evaluate a CLIP model without training it for the task: zero-shot classification.
+"""Evaluate a CLIP model without training it for the task: zero-shot classification, and retrieval by captions.
 
 python evaluate.py --config vit_b32 --datasets imagenet_v2 --output results.json
 python evaluate.py --weights runs/demo --datasets shapes,digits --report report.html
+python evaluate.py --weights ViT-B/32 --datasets wds_flickr30k,folder:photos --tasks retrieval
 """
 
 import argparse
@@ -30,19 +31,25 @@ def main(argv: Sequence[str]) -> None:
         "weights of the config's name",
     )
     parser.add_argument("--datasets", metavar="A,B,C", help=f"{accepted_names()}; default: the config's eval_datasets")
+    parser.add_argument(
+        "--tasks",
+        metavar="A,B",
+        help="zeroshot, retrieval or both; default: zeroshot for a data set with named classes, retrieval for one with "
+        "captions only",
+    )
     parser.add_argument("--output", metavar="FILE.json", help="write the results here, in CLIP_benchmark's format")
     parser.add_argument("--report", metavar="FILE.html", help="write a page with pictures here")
     flags, config = cli.parse(parser, argv, needs_config=False)
     weights = flags.weights or official_name(config)
-    asked = [name.strip() for name in (flags.datasets or "").split(",")]
-    names = [name for name in asked if name] or (config.eval_datasets if config else ())
+    names = names_in(flags.datasets) or (config.eval_datasets if config else ())
     if not names:
         raise UserError(f"expected --datasets A,B,C, each {accepted_names()}")
 
-    from clip_jax.evaluation.zero_shot import zero_shot
+    from clip_jax.evaluation.tasks import chosen_tasks
 
     access = config.access if config else Access(offline=flags.offline)
     datasets = [evaluation_set(name, access) for name in names]
+    jobs = [(task, dataset) for dataset in datasets for task in chosen_tasks(dataset, names_in(flags.tasks))]
     for target in filter(None, (flags.output, flags.report)):
         make_parent(Path(target))
     if flags.report:
@@ -51,7 +58,7 @@ def main(argv: Sequence[str]) -> None:
 
         metrics = read_metrics(weights.removesuffix(BEST))  # before the evaluation: a damaged line must not cost it
     encoders, variables = load_encoders(weights, config)
-    results = [zero_shot(encoders, variables, dataset) for dataset in datasets]
+    results = [task.run(encoders, variables, dataset) for task, dataset in jobs]
     for result in results:
         print(f"{result.dataset.name}: " + ", ".join(f"{key} {value:.4f}" for key, value in result.metrics.items()))
     model = config.name if config else weights
@@ -61,6 +68,11 @@ def main(argv: Sequence[str]) -> None:
     if flags.report:
         write_report(flags.report, f"clip_jax: {model}", metrics, results)
         print(f"report: {flags.report}")
+
+
+def names_in(text: str | None) -> list[str]:
+    """What commas separate."""
+    return [name.strip() for name in (text or "").split(",") if name.strip()]
 
 
 def make_parent(target: Path) -> None:
@@ -116,7 +128,7 @@ def benchmark_row(result: Any, model: str, pretrained: str) -> dict[str, Any]:
         "dataset": result.dataset.name,
         "model": model,
         "pretrained": pretrained,
-        "task": "zeroshot_classification",
+        "task": result.task,
         "language": "en",
         "metrics": result.metrics,
     }

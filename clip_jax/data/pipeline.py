@@ -148,8 +148,9 @@ def evaluation_batches(source: Source, batch_size: int, preprocess: Preprocess) 
       preprocess: resizes and crops the images as at inference.
 
     Returns:
-      an iterator of `image`, uint8 (batch_size, R, R, 3), `label`, int32 (batch_size,), -1 where there is
-      none, and `mask`, bool (batch_size,), False for what fills up the last batch.
+      an iterator of `image`, uint8 (batch_size, R, R, 3), `label`, int32 (batch_size,), -1 where there is none,
+      `captions`, a tuple of texts in each of (batch_size,) objects, and `mask`, bool (batch_size,), False for what
+      fills up the last batch.
     """
     indices = np.arange(math.ceil(len(source) / batch_size) * batch_size)
 
@@ -157,12 +158,14 @@ def evaluation_batches(source: Source, batch_size: int, preprocess: Preprocess) 
         side = preprocess.image_resolution
         images = np.zeros((len(indices), side, side, 3), np.uint8)
         labels = np.full(len(indices), -1, np.int32)
+        captions = np.full(len(indices), None)
         for row, index in enumerate(indices[indices < len(source)].tolist()):
             with naming(where(source, index)):
                 example = source[index]
                 images[row] = preprocess.resize_and_crop(open_image(example.image))
                 labels[row] = -1 if example.label is None else example.label
-        return {"image": images, "label": labels, "mask": indices < len(source)}
+                captions[row] = example.captions
+        return {"image": images, "label": labels, "captions": captions, "mask": indices < len(source)}
 
     return _prefetched(read, indices.reshape(-1, batch_size))
 

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -36,14 +36,15 @@ class ZeroShotResult:
     dataset: EvaluationSet
     scores: Float[np.ndarray, "n classes"]
     labels: Int[np.ndarray, "n"]
+    task: ClassVar[str] = "zeroshot_classification"  # as CLIP_benchmark calls it
 
     def __post_init__(self):
         check_scores(self.scores, self.labels, self.dataset.name)
 
     @property
     def metrics(self) -> dict[str, float]:
-        """Top-1, top-5 and mean per-class recall."""
-        return classification_metrics(self.scores, self.labels)
+        """Top-1, top-5, mean per-class recall, and the data set's own metric."""
+        return classification_metrics(self.scores, self.labels, self.dataset.metric)
 
 
 @dataclass(frozen=True)

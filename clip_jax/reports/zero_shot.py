@@ -9,6 +9,7 @@ from jaxtyping import Int
 from matplotlib.figure import Figure
 
 from clip_jax.evaluation.metrics import confusion_matrix
+from clip_jax.evaluation.retrieval import RetrievalResult
 from clip_jax.evaluation.zero_shot import ZeroShotResult
 from clip_jax.processing.images import open_image
 from clip_jax.reports.page import figure_url, picture_url, write_page
@@ -19,7 +20,10 @@ MOST_CLASSES = 100  # in a picture of the confusion matrix
 
 
 def write_report(
-    path: str | Path, title: str, metrics: Sequence[Mapping[str, Any]], results: Sequence[ZeroShotResult]
+    path: str | Path,
+    title: str,
+    metrics: Sequence[Mapping[str, Any]],
+    results: Sequence[ZeroShotResult | RetrievalResult],
 ) -> None:
     """Write the page; pictures are inside it, so that the one file can be sent to anyone.
 
@@ -27,20 +31,24 @@ def write_report(
       path: the HTML file; its folder is created.
       title: heading.
       metrics: the lines of metrics.jsonl; empty if the model was not trained here.
-      results: one section each.
+      results: one section each of zero-shot classification, one row each of retrieval.
     """
+    classified = [result for result in results if isinstance(result, ZeroShotResult)]
+    retrieved = [result for result in results if isinstance(result, RetrievalResult)]
     losses = [(line["step"], line["loss"]) for line in metrics if "loss" in line]
     write_page(
         path,
         "zero_shot.html",
         title=title,
         loss_curve=_loss_curve(losses) if losses else None,
-        metrics=_metric_names(results),
-        sections=[_section(result) for result in results],
+        metrics=_metric_names(classified),
+        sections=[_section(result) for result in classified],
+        retrieval_metrics=_metric_names(retrieved),
+        retrieved=retrieved,
     )
 
 
-def _metric_names(results: Sequence[ZeroShotResult]) -> list[str]:
+def _metric_names(results: Sequence[ZeroShotResult | RetrievalResult]) -> list[str]:
     """The metrics that any of the results has, in the order of that which has most."""
     longest_first = sorted((list(result.metrics) for result in results), key=len, reverse=True)
     return list(dict.fromkeys(name for names in longest_first for name in names))

@@ -1,0 +1,72 @@
+"""What a model can be asked to do without training for it. A new task costs an entry in `TASKS`."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import ClassVar, Protocol
+
+from clip_jax.errors import UserError
+from clip_jax.evaluation.datasets import EvaluationSet
+from clip_jax.evaluation.retrieval import zero_shot_retrieval
+from clip_jax.evaluation.zero_shot import Encoders, Variables, zero_shot
+
+
+class Result(Protocol):
+    """What comes of a task.
+
+    Attributes:
+      task: as CLIP_benchmark calls it.
+      dataset: what the model was judged on.
+    """
+
+    task: ClassVar[str]
+    dataset: EvaluationSet
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """By the names of CLIP_benchmark, where it has them."""
+        ...
+
+
+@dataclass(frozen=True)
+class Task:
+    """A way to judge a model.
+
+    Attributes:
+      run: encodes a data set.
+      needs: what a data set must have for it, in words.
+      suits: whether a data set has it.
+    """
+
+    run: Callable[[Encoders, Variables, EvaluationSet], Result]
+    needs: str
+    suits: Callable[[EvaluationSet], bool]
+
+
+TASKS: Mapping[str, Task] = MappingProxyType(
+    {
+        "zeroshot": Task(zero_shot, "named classes", lambda dataset: bool(dataset.class_names)),
+        "retrieval": Task(zero_shot_retrieval, "captions", lambda dataset: bool(dataset.source[0].captions)),
+    }
+)
+
+
+def chosen_tasks(dataset: EvaluationSet, names: Sequence[str] = ()) -> list[Task]:
+    """The tasks to judge a model by on a data set.
+
+    Args:
+      dataset: its labels or captions are what tasks need.
+      names: of `TASKS`; without any, the first one that the data set suits.
+
+    Raises:
+      UserError: there is no such task, or the data set lacks what it needs.
+    """
+    for name in names:
+        if name not in TASKS:
+            raise UserError(f"unknown task {name!r}: expected {' or '.join(TASKS)}")
+        if not TASKS[name].suits(dataset):
+            raise UserError(f"{dataset.name} has no {TASKS[name].needs}, which {name} needs")
+    chosen = [TASKS[name] for name in names] or [task for task in TASKS.values() if task.suits(dataset)][:1]
+    if not chosen:
+        raise UserError(f"{dataset.name} has neither {' nor '.join(task.needs for task in TASKS.values())}")
+    return chosen
