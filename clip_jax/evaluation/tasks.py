@@ -8,7 +8,7 @@ from typing import ClassVar, Protocol
 from clip_jax.errors import UserError
 from clip_jax.evaluation.datasets import EvaluationSet
 from clip_jax.evaluation.retrieval import zero_shot_retrieval
-from clip_jax.evaluation.zero_shot import Encoders, Variables, zero_shot
+from clip_jax.evaluation.zero_shot import Encoders, Variables, check_prompts, zero_shot
 
 
 class Result(Protocol):
@@ -36,16 +36,18 @@ class Task:
       run: encodes a data set.
       needs: what a data set must have for it, in words.
       suits: whether a data set has it.
+      check: refuses, before anything is computed, what `run` would refuse of the texts.
     """
 
     run: Callable[[Encoders, Variables, EvaluationSet], Result]
     needs: str
     suits: Callable[[EvaluationSet], bool]
+    check: Callable[[Encoders, EvaluationSet], None] = lambda encoders, dataset: None
 
 
 TASKS: Mapping[str, Task] = MappingProxyType(
     {
-        "zeroshot": Task(zero_shot, "named classes", lambda dataset: bool(dataset.class_names)),
+        "zeroshot": Task(zero_shot, "named classes", lambda dataset: bool(dataset.class_names), check_prompts),
         "retrieval": Task(zero_shot_retrieval, "captions", lambda dataset: bool(dataset.source[0].captions)),
     }
 )
