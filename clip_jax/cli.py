@@ -67,7 +67,7 @@ def parse(
         "--offline", action="store_true", help="refuse TFDS data sets that are not prepared; TFDS would fetch them"
     )
     flags, rest = parser.parse_known_args(argv)
-    overrides = _assignments(rest, parser)
+    overrides = assignments(rest, parser, "config")
     if flags.offline and flags.config is not None:
         overrides["offline"] = "true"
     if overrides and flags.config is None:
@@ -96,6 +96,17 @@ def load_config(name: str, overrides: Mapping[str, str] | None = None) -> "RunCo
     for field, text in (overrides or {}).items():
         values = options.override(RunConfig, values, field, text, origin)
     return options.from_dict(RunConfig, values, origin)
+
+
+def assignments(rest: Sequence[str], parser: argparse.ArgumentParser, group: str) -> dict[str, str]:
+    """Arguments that set fields of a group: ["--config.a=1", "--config.b", "2"] -> {"a": "1", "b": "2"}."""
+    pairs, arguments = {}, iter(rest)
+    for argument in arguments:
+        if not argument.startswith(f"--{group}."):
+            parser.error(f"unrecognized argument: {argument}")
+        field, equals, value = argument.removeprefix(f"--{group}.").partition("=")
+        pairs[field] = value if equals else next(arguments, "")
+    return pairs
 
 
 def _file_values(name: str) -> dict[str, Any]:
@@ -128,17 +139,6 @@ def _place(error: Exception, path: Path) -> str:
         return f"{error.filename}:{error.lineno}"
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
     return f"{path}:{lines[-1]}" if lines else str(path)
-
-
-def _assignments(rest: Sequence[str], parser: argparse.ArgumentParser) -> dict[str, str]:
-    """["--config.a=1", "--config.b", "2"] -> {"a": "1", "b": "2"}."""
-    pairs, arguments = {}, iter(rest)
-    for argument in arguments:
-        if not argument.startswith("--config."):
-            parser.error(f"unrecognized argument: {argument}")
-        field, equals, value = argument.removeprefix("--config.").partition("=")
-        pairs[field] = value if equals else next(arguments, "")
-    return pairs
 
 
 class _HelpConfig(argparse.Action):

@@ -43,7 +43,7 @@ def test_the_requirements_of_the_library_and_of_the_scripts_are_the_same():
     extras = project["optional-dependencies"]
     parts = [
         *project["dependencies"],
-        *(need for name in extras if name not in ("tpu", "cuda") for need in extras[name]),
+        *(need for name in extras if name not in ("tpu", "cuda", "beam") for need in extras[name]),
     ]
     lines = [re.sub(r"\s*#.*", "", line) for line in (ROOT / "requirements.txt").read_text().splitlines()]
     assert set(parts) == {line for line in lines if line}

@@ -56,6 +56,8 @@ def mistakes():
         "a workdir that is a step": (("train.py", "--config", "demo", "--workdir", "{other}/checkpoints/2"),
                                      "names a model, not the workdir of a run"),
         "weights without data sets": (("evaluate.py", "--weights", "{other}"), "expected --datasets A,B,C"),
+        "a task without what it needs": (("evaluate.py", "--weights", "{other}", "--datasets", "{tmp}/long",
+                                          "--tasks", "zeroshot,retrieval"), "long has no captions, which retrieval"),
         "an override without a config": (("evaluate.py", "--weights", "{other}", "--config.dtype=bfloat16"),
                                          "give --config NAME too"),
         "a checkpoint of another model": (("evaluate.py", "--weights", "{other}", "--config", "demo",

@@ -39,6 +39,10 @@ class Damaged(UserError):
         return type(self), (self.reason, str(self))
 
 
+class Unreachable(UserError):
+    """A bucket that does not answer, or refuses; no damage to the data, so it ends a run that skips damage as well."""
+
+
 def counted(damage: Counter[str]) -> str:
     """Damage in words: "3 image, 1 cut"."""
     return ", ".join(f"{damage[reason]} {reason}" for reason in REASONS if damage[reason])
@@ -46,9 +50,14 @@ def counted(damage: Counter[str]) -> str:
 
 @contextmanager
 def naming(where: str) -> Iterator[None]:
-    """Say which file, offset and key an error of a user's data comes from; every such error leaves as `Damaged`."""
+    """Say which file, offset and key an error of a user's data comes from; every such error leaves as `Damaged`.
+
+    What is `Unreachable` says so by itself, and stays what it is.
+    """
     try:
         yield
+    except Unreachable:
+        raise
     except Damaged as error:
         raise Damaged(error.reason, f"{where}: {error}") from error
     except (UserError, OSError) as error:

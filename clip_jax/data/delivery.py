@@ -5,13 +5,11 @@ reads the same rows of every batch, and so its own blocks of the shards.
 """
 
 import functools
-import multiprocessing
 import os
 import shutil
-import signal
 from collections import Counter
 from collections.abc import Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.shared_memory import SharedMemory
 from typing import Protocol, runtime_checkable
@@ -19,6 +17,7 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Int64
 
+from clip_jax.data.processes import process_pool
 from clip_jax.data.reader import TrainReader
 from clip_jax.errors import UserError
 
@@ -78,9 +77,7 @@ class Processes:
 
     def __init__(self, reader: TrainReader, batch_size: int, ahead: int, processes: int):
         self._reader, self._batch_size = reader, batch_size
-        context = multiprocessing.get_context("spawn")  # forking a process that runs JAX can deadlock
-        arguments = (reader, batch_size)
-        self._workers = [ProcessPoolExecutor(1, context, _begin, arguments) for _ in range(min(processes, batch_size))]
+        self._workers = [process_pool(1, _begin, reader, batch_size) for _ in range(min(processes, batch_size))]
         self._free = _shared_memory(sum(array.nbytes for array in _empty(reader, batch_size).values()), ahead + 1)
         self._all = list(self._free)
         self._pending: list[tuple[SharedMemory, list[Future]]] = []
@@ -153,9 +150,8 @@ _batch_size: int
 
 
 def _begin(reader: TrainReader, batch_size: int) -> None:
-    """Set a worker process up; Ctrl-C is its parent's affair."""
+    """Set a worker process up."""
     global _reader, _batch_size
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     _reader, _batch_size = reader, batch_size
 
 

@@ -3,10 +3,10 @@
 import functools
 import os
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from clip_jax.data.bucket import ask
 from clip_jax.errors import UserError
 
 _OPEN_FILES = 256
@@ -35,6 +35,7 @@ def find(pattern: str) -> list[File]:
 
     Raises:
       UserError: a file that the pattern names is missing, or none matches.
+      Unreachable: the bucket does not answer, or refuses.
     """
     from braceexpand import UnbalancedBracesError, braceexpand
 
@@ -42,8 +43,7 @@ def find(pattern: str) -> list[File]:
         names = list(braceexpand(pattern))
     except UnbalancedBracesError as error:
         raise UserError(f"{pattern}: {error}; expected braces such as {{00000..00099}}") from error
-    with reachable(pattern):
-        files = {file.path: file for name in _by_kind(names) for file in name}
+    files = {file.path: file for found in _by_kind(names) for file in found}
     if not files:
         raise UserError(f"no file matches {pattern}")
     return [files[path] for path in sorted(files)]
@@ -54,14 +54,14 @@ def one(path: str) -> File:
 
     Raises:
       UserError: it is missing.
+      Unreachable: the bucket does not answer, or refuses.
     """
     if not is_remote(path):
         return _local(path, magic=False)[0]
     try:
-        with reachable(path):
-            return _remote(path, file_system(path).info(path))
-    except OSError as error:
-        raise UserError(f"{path} cannot be opened: {error}") from error
+        return _remote(path, ask(path, "info"))
+    except FileNotFoundError as error:
+        raise UserError(f"{path} is missing") from error
 
 
 def is_remote(path: str) -> bool:
@@ -87,10 +87,10 @@ def read(path: str, offset: int = 0, size: int | None = None) -> bytes:
     Raises:
       OSError: the file cannot be read.
       UserError: its kind of bucket needs a package that is missing.
+      Unreachable: the bucket does not answer, or refuses.
     """
     if is_remote(path):
-        with reachable(path):
-            return file_system(path).cat_file(path, start=offset, end=None if size is None else offset + size)
+        return ask(path, "cat_file", start=offset, end=None if size is None else offset + size)
     descriptor, length = _open(path)
     wanted = length - offset if size is None else size
     pieces = []
@@ -111,41 +111,16 @@ def write(path: str, content: bytes) -> None:
 
     Raises:
       OSError: it cannot be written.
+      Unreachable: the bucket does not answer, or refuses.
     """
     if is_remote(path):
-        with reachable(path):
-            file_system(path).pipe_file(path, content)
+        ask(path, "pipe_file", content)
         return
     os.makedirs(os.path.dirname(path), exist_ok=True)
     temporary = f"{path}.{os.getpid()}.part"
     with open(temporary, "wb") as file:
         file.write(content)
     os.replace(temporary, path)
-
-
-def file_system(path: str) -> Any:
-    """What fsspec opens this kind of URL with.
-
-    Raises:
-      UserError: the package for it is missing, or nobody knows the kind.
-    """
-    import fsspec
-
-    try:
-        return fsspec.core.url_to_fs(path)[0]
-    except (ImportError, ValueError) as error:
-        raise UserError(f"{path}: {error}") from error
-
-
-@contextmanager
-def reachable(path: str) -> Iterator[None]:
-    """Turn what libraries for buckets raise, in types of their own, into an OSError that names the path."""
-    try:
-        yield
-    except (OSError, UserError):
-        raise
-    except Exception as error:
-        raise OSError(f"{path} cannot be reached: {type(error).__name__}: {error}") from error
 
 
 def _by_kind(names: Iterable[str]) -> Iterator[list[File]]:
@@ -155,19 +130,27 @@ def _by_kind(names: Iterable[str]) -> Iterator[list[File]]:
         magic = any(character in name for character in "*?[")
         if not is_remote(name):
             yield _local(name, magic)
+        elif "::" in name:
+            raise UserError(f"{name}: expected a plain URL, such as gs://bucket/folder/*.tar, without ::")
         elif magic:
-            found = file_system(name).glob(name, detail=True)
+            found = ask(name, "glob", detail=True)
             yield [_remote(name, info) for info in found.values() if info["type"] == "file"]
         else:
             folder = parent(name)
             if folder not in folders:
-                listed = file_system(name).ls(folder, detail=True)
-                folders[folder] = {
-                    (file := _remote(name, info)).path: file for info in listed if info["type"] == "file"
-                }
+                folders[folder] = {file.path: file for file in _listed(folder)}
             if name not in folders[folder]:
                 raise UserError(f"{name} is missing")
             yield [folders[folder][name]]
+
+
+def _listed(folder: str) -> list[File]:
+    """The files in a folder of a bucket."""
+    try:
+        infos = ask(folder, "ls", detail=True)
+    except FileNotFoundError as error:
+        raise UserError(f"{folder} is missing") from error
+    return [_remote(folder, info) for info in infos if info["type"] == "file"]
 
 
 def _local(name: str, magic: bool) -> list[File]:
@@ -189,7 +172,7 @@ def _local(name: str, magic: bool) -> list[File]:
 
 def _remote(url: str, info: dict[str, Any]) -> File:
     scheme = url.partition("://")[0]
-    stamps = (info.get(key) for key in ("etag", "ETag", "md5Hash", "mtime", "updated", "LastModified"))
+    stamps = (info.get(key) for key in ("etag", "ETag", "md5Hash", "mtime", "LastModified", "created"))
     stamp = next((str(value) for value in stamps if value), "")
     return File(f"{scheme}://{info['name'].partition('://')[2] or info['name']}", info["size"], stamp)
 

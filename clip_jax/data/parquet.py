@@ -1,10 +1,8 @@
 """Rows of Parquet files by number: a row group is decoded when one of its rows is read, and kept for its neighbours."""
 
-from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -12,8 +10,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from clip_jax.data import files
+from clip_jax.data.bucket import Stream
 from clip_jax.data.damage import Damaged, naming
 from clip_jax.data.files import File
+from clip_jax.data.kept import Kept
 
 MAX_GROUP = 2**31  # bytes of a row group's wanted columns, decoded
 CACHED = 2**30  # bytes of decoded row groups that are kept, the one in use apart
@@ -72,7 +72,7 @@ class ParquetRows:
         self._files = np.repeat(np.arange(len(footers)), [len(footer.groups) for footer in footers])
         self._first_group = np.searchsorted(self._files, np.arange(len(footers) + 1))
         self.file_starts = self._starts[self._first_group]
-        self._decoded = _Kept(self._decode)
+        self._decoded = Kept(self._decode, CACHED, _size)
         self.group_size = int(sizes.max(initial=0))
 
     def __len__(self) -> int:
@@ -119,45 +119,8 @@ class ParquetRows:
             return pa.Table.from_batches(batches)
 
 
-class _Kept:
-    """What was made last, by key, up to `CACHED` bytes; each is made once, whoever else waits for it."""
-
-    def __init__(self, make: Callable[[int], pa.Table]):
-        self._make = make
-        self._futures: OrderedDict[int, Future] = OrderedDict()
-        self._lock = Lock()
-
-    def __getitem__(self, key: int) -> pa.Table:
-        with self._lock:
-            future = self._futures.get(key)
-            is_first = future is None
-            if is_first:
-                future = self._futures[key] = Future()
-            self._futures.move_to_end(key)
-        if is_first:
-            self._fill(key, future)
-        return future.result()
-
-    def _fill(self, key: int, future: Future) -> None:
-        try:
-            made = self._make(key)
-        except BaseException as error:
-            with self._lock:
-                self._futures.pop(key, None)
-            future.set_exception(error)
-            return
-        future.set_result(made)
-        with self._lock:
-            done = [(key, future.result().nbytes) for key, future in self._futures.items() if future.done()]
-            room = sum(size for _, size in done) - CACHED
-            for old, size in done[:-1]:
-                if room <= 0:
-                    break
-                del self._futures[old]
-                room -= size
-
-    def __reduce__(self):  # for worker processes
-        return type(self), (self._make,)
+def _size(table: pa.Table) -> int:
+    return table.nbytes
 
 
 def _read_footer(file: File) -> Footer | Damaged:
@@ -187,10 +150,7 @@ def _contents(file: File) -> tuple[pa.Schema, tuple[int, ...]]:
 
 
 def _opened(path: str) -> pa.NativeFile:
-    if not files.is_remote(path):
-        return pa.OSFile(path)
-    with files.reachable(path):
-        return pa.PythonFile(files.file_system(path).open(path, "rb"), "r")
+    return pa.PythonFile(Stream(path), "r") if files.is_remote(path) else pa.OSFile(path)
 
 
 def _batches(source: pa.NativeFile, group: int, columns: list[str]) -> Iterator[pa.RecordBatch]:

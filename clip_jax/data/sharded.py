@@ -2,17 +2,15 @@
 
 import json
 import os
-from collections import OrderedDict
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future
 from dataclasses import dataclass
-from threading import Lock
 from typing import Any
 
 from clip_jax.data import files
 from clip_jax.data.checked import decoded_captions
 from clip_jax.data.damage import Damaged, naming
 from clip_jax.data.example import Example
+from clip_jax.data.kept import Kept
 from clip_jax.data.order import Windows
 from clip_jax.data.shards import Shards
 
@@ -108,75 +106,50 @@ def _label(value: Any) -> int | tuple[int, ...]:
         raise Damaged("unreadable", f"expected a whole number as label, got {value!r:.40}") from error
 
 
-def _block_reader(shards: Shards, windows: Windows | None) -> "Shards | _LocalBlocks | _RemoteBlocks":
+def _block_reader(shards: Shards, windows: Windows | None) -> "Shards | _Blocks":
     """What reads single samples, by way of their blocks if they come in blocks."""
     if windows is None:
         return shards
     remote = any(files.is_remote(path) for path in shards.paths)
-    return _RemoteBlocks(shards, windows) if remote else _LocalBlocks(shards, windows)
+    return (_RemoteBlocks if remote else _LocalBlocks)(shards, windows)
 
 
-class _LocalBlocks:
-    """Reads samples one at a time; tells the system to fetch the whole block when its first one is read."""
+class _Blocks:
+    """Does what is to be done once for each block; of as many blocks as the windows in use have."""
 
     def __init__(self, shards: Shards, windows: Windows):
         self._shards, self._block = shards, windows.block
-        self._advised: OrderedDict[int, None] = OrderedDict()
-        self._room = _open_blocks(windows)
+        # Of every lane its window, and some of the next.
+        in_use = (windows.window + 2) * windows.lanes + 2 * (os.cpu_count() or 1)
+        self._blocks = Kept(self._begin, in_use, _one)
+
+    def _begin(self, number: int) -> list[bytes] | None:
+        first = number * self._block
+        return self._begin_range(first, min(first + self._block, len(self._shards)))
+
+
+class _LocalBlocks(_Blocks):
+    """Reads samples one at a time; tells the system to fetch the whole block when its first one is read."""
 
     def read(self, index: int) -> bytes:
-        block = index // self._block
-        if block not in self._advised:
-            self._advised[block] = None
-            self._advise(block)
-            while len(self._advised) > self._room:
-                self._advised.popitem(last=False)
+        self._blocks[index // self._block]
         return self._shards.read(index)
 
-    def _advise(self, block: int) -> None:
-        first, end = block * self._block, min((block + 1) * self._block, len(self._shards))
+    def _begin_range(self, first: int, end: int) -> None:
         for path, offset, size in self._shards.ranges(first, end):
             files.will_read(path, offset, size)
 
 
-class _RemoteBlocks:
-    """Fetches whole blocks, each by one request a shard, and keeps those that the windows in use need."""
-
-    def __init__(self, shards: Shards, windows: Windows):
-        self._shards, self._block, self._room = shards, windows.block, _open_blocks(windows)
-        self._blocks: OrderedDict[int, Future] = OrderedDict()
-        self._lock = Lock()
+class _RemoteBlocks(_Blocks):
+    """Fetches whole blocks, each by one request a shard."""
 
     def read(self, index: int) -> bytes:
         number, inside = divmod(index, self._block)
-        with self._lock:
-            future = self._blocks.get(number)
-            is_first = future is None
-            if is_first:
-                future = self._blocks[number] = Future()
-                while len(self._blocks) > self._room:
-                    self._blocks.popitem(last=False)
-            self._blocks.move_to_end(number)
-        if is_first:
-            self._fetch(number, future)
-        return self._shards.whole(index, future.result()[inside])
+        return self._shards.whole(index, self._blocks[number][inside])
 
-    def _fetch(self, number: int, future: Future) -> None:
-        first = number * self._block
-        try:
-            future.set_result(self._shards.read_range(first, min(first + self._block, len(self._shards))))
-        except BaseException as error:
-            with self._lock:
-                self._blocks.pop(number, None)
-            future.set_exception(error)
-
-    def __getstate__(self):  # for worker processes
-        return self.__dict__ | {"_blocks": OrderedDict(), "_lock": None}
-
-    def __setstate__(self, state):
-        self.__dict__.update(state | {"_lock": Lock()})
+    def _begin_range(self, first: int, end: int) -> list[bytes]:
+        return self._shards.read_range(first, end)
 
 
-def _open_blocks(windows: Windows) -> int:
-    """Blocks that may be in use at a time: of every lane its window, and some of the next."""
-    return (windows.window + 2) * windows.lanes + 2 * (os.cpu_count() or 1)
+def _one(block: object) -> int:
+    return 1

@@ -11,24 +11,24 @@ import hashlib
 import io
 import json
 import logging
-import multiprocessing
 import os
 import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from threading import Lock
-from typing import BinaryIO
 
 import numpy as np
 from jaxtyping import Shaped
 from tqdm import tqdm
 
 from clip_jax.data import files
-from clip_jax.data.damage import Damaged, naming
+from clip_jax.data.bucket import Stream
+from clip_jax.data.damage import Damaged, Unreachable, naming
 from clip_jax.data.files import File
+from clip_jax.data.processes import process_pool
 from clip_jax.errors import UserError
 
 Read = Callable[[int, int], bytes]
@@ -41,6 +41,7 @@ logger = logging.getLogger(__name__)
 _VERSION = 1
 _FOLDER = ".clip_jax_index"
 _INDEXES_IN_MEMORY = 512
+_GZIP = (".gz", ".tgz")
 _FEW_SHARDS = 8  # indexed without starting processes
 _READ_AHEAD = 2**22  # bytes, of a shard in a bucket that is indexed
 _MAX_UNPACKED = 50  # times its size: photographs do not get 50 times smaller, a gzip bomb does
@@ -182,7 +183,7 @@ def load_index(shard: File, scan: Scan, index_dir: str = "") -> Index:
         try:
             files.write(place, _packed(index, shard))
             break
-        except OSError as error:
+        except (OSError, Unreachable) as error:
             logger.debug("no index in %s: %s", place, error)
     return index
 
@@ -205,9 +206,10 @@ def _places(shard: File, index_dir: str) -> list[str]:
 
 def _content(shard: File, index_dir: str) -> str:
     """The file that samples are read from: the shard, or what a gzip shard is unpacked to."""
-    if not shard.path.endswith(".gz"):
+    if not shard.path.endswith(_GZIP):
         return shard.path
-    return os.path.join(_own_place(shard, index_dir), os.path.basename(shard.path).removesuffix(".gz"))
+    place = _own_place(shard, "" if files.is_remote(index_dir) else index_dir)
+    return os.path.join(place, os.path.basename(shard.path) + ".unpacked")
 
 
 def _count_all(shards: Sequence[File], scan: Scan, index_dir: str) -> tuple[list[int], tuple[Damaged, ...]]:
@@ -228,7 +230,7 @@ def _executor(shards: Sequence[File]) -> Executor:
     """Processes for many shards that are here (parsing headers holds the lock), threads where waiting is the work."""
     if len(shards) <= _FEW_SHARDS or files.is_remote(shards[0].path):
         return ThreadPoolExecutor(_FEW_SHARDS)
-    return ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn"))
+    return process_pool(os.cpu_count())
 
 
 def _ready_count(shard: File, index_dir: str) -> tuple[int, tuple[Damaged, ...]] | None:
@@ -252,14 +254,14 @@ def _make_index(shard: File, scan: Scan, content: str) -> Index:
     with naming(shard.path):
         damage = _unpack(shard, content) if content != shard.path else []
         size = os.stat(content).st_size if content != shard.path else shard.size
-        spans, found = scan(_reader(content), size)
+        spans, found = scan(_reader(content, size), size)
     if size:  # of what gzip spoils, the scan says where it hurts
         damage = found or damage
     damage = [Damaged(item.reason, f"{shard.path}, {item}") for item in damage or found]
     return Index(content, np.array(spans, SPAN), tuple(damage))
 
 
-def _reader(path: str) -> Read:
+def _reader(path: str, length: int) -> Read:
     """Reads ranges of a file; of one in a bucket, pieces ahead, because a scan goes from front to back."""
     if not files.is_remote(path):
         return partial(files.read, path)
@@ -267,8 +269,9 @@ def _reader(path: str) -> Read:
 
     def read(offset: int, size: int) -> bytes:
         nonlocal piece, start
+        size = max(0, min(size, length - offset))
         if not start <= offset <= offset + size <= start + len(piece):
-            piece, start = files.read(path, offset, max(size, _READ_AHEAD)), offset
+            piece, start = files.read(path, offset, min(max(size, _READ_AHEAD), length - offset)), offset
         return piece[offset - start : offset - start + size]
 
     return read
@@ -293,25 +296,10 @@ def _unpack(shard: File, target: str) -> list[Damaged]:
     return damage
 
 
-def _stream(shard: File) -> BinaryIO:
-    return io.BufferedReader(_Raw(shard)) if files.is_remote(shard.path) else open(shard.path, "rb")
-
-
-class _Raw(io.RawIOBase):
-    """A file in a bucket as a stream."""
-
-    def __init__(self, shard: File):
-        self._shard, self._offset = shard, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer) -> int:
-        size = min(len(buffer), self._shard.size - self._offset)
-        piece = files.read(self._shard.path, self._offset, size) if size else b""
-        buffer[: len(piece)] = piece
-        self._offset += len(piece)
-        return len(piece)
+def _stream(shard: File) -> io.BufferedReader:
+    if files.is_remote(shard.path):
+        return io.BufferedReader(Stream(shard.path, shard.size), _READ_AHEAD)
+    return open(shard.path, "rb")
 
 
 def _packed(index: Index, shard: File) -> bytes:

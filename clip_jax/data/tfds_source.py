@@ -25,7 +25,8 @@ class TfdsSource:
     """One split of a prepared data set.
 
     A field is named by its path: `captions/text` is the text in a sequence of dictionaries called captions.
-    Fields with the usual names (image; captions, caption or text; label) are found without being named.
+    Fields with the usual names (image; captions, caption or text; label) are found without being named. A text field
+    called key, as prepared data sets have it, is what an example is called.
 
     Attributes:
       name: the data set's full name and the split.
@@ -49,6 +50,7 @@ class TfdsSource:
         if not self._image:
             raise UserError(f"{name} has no field called image: name its image field in image_field")
         self.class_names = tuple(features[self._label].names) if self._label else ()
+        self._has_key = isinstance(features.get(("key",)), tfds.features.Text)
         self._features = builder.info.features
         self._decoders = tfds.decode.SkipDecoding()  # of the image, whose bytes are wanted as stored
         for key in reversed(self._image):
@@ -67,6 +69,7 @@ class TfdsSource:
             _follow(record, self._image),
             decoded_captions(captions) if self._captions else (),
             _classes(_follow(record, self._label)) if self._label else None,
+            record["key"].decode("utf-8", "replace") if self._has_key else "",
         )
 
 

@@ -74,10 +74,13 @@ def own_ranks(
     ranks = np.empty(len(queries), np.int64)
     for start in range(0, len(queries), rows):
         block = slice(start, start + rows)
-        own = query_groups[block, None] == candidate_groups[None]
-        if not own.any(axis=1).all():
-            raise UserError("retrieval needs at least one caption for each image, and an image for each caption")
         cosines = queries[block].astype(np.float64) @ columns
-        nearest = np.where(own, cosines, -np.inf).max(axis=1, keepdims=True)
-        ranks[block] = np.count_nonzero((cosines >= nearest - _TIE) & ~own, axis=1)
+        row, column = np.nonzero(query_groups[block, None] == candidate_groups[None])
+        own, nearest = cosines[row, column], np.full(len(cosines), -np.inf)
+        np.maximum.at(nearest, row, own)
+        if np.isneginf(nearest).any():
+            raise UserError("retrieval needs at least one caption for each image, and an image for each caption")
+        limit = nearest - _TIE
+        own_ones = np.bincount(row[own >= limit[row]], minlength=len(cosines))
+        ranks[block] = np.count_nonzero(cosines >= limit[:, None], axis=1) - own_ones
     return ranks

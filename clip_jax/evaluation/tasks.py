@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from types import MappingProxyType
 from typing import ClassVar, Protocol
 
@@ -68,7 +69,8 @@ def chosen_tasks(dataset: EvaluationSet, names: Sequence[str] = ()) -> list[Task
             raise UserError(f"unknown task {name!r}: expected {' or '.join(TASKS)}")
         if not TASKS[name].suits(dataset):
             raise UserError(f"{dataset.name} has no {TASKS[name].needs}, which {name} needs")
-    chosen = [TASKS[name] for name in names] or [task for task in TASKS.values() if task.suits(dataset)][:1]
+    suitable = (task for task in TASKS.values() if task.suits(dataset))
+    chosen = [TASKS[name] for name in names] or list(islice(suitable, 1))
     if not chosen:
         raise UserError(f"{dataset.name} has neither {' nor '.join(task.needs for task in TASKS.values())}")
     return chosen

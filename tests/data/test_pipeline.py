@@ -1,7 +1,13 @@
 import contextlib
 import itertools
+import os
 import re
+import signal
+import subprocess
+import sys
 import threading
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -220,3 +226,35 @@ def test_digits_through_the_whole_pipeline():
     for text, row in zip(texts_of([batch]), batch["text"], strict=True):
         assert row[0] == 49406 and 49407 in row
         assert re.search(r"\d|zero|one|two|three|four|five|six|seven|eight|nine", text)
+
+
+def test_worker_processes_and_their_memory_end_with_a_parent_that_is_killed(tmp_path):
+    program = """
+import multiprocessing, os, signal
+from clip_jax.data.digits import Digits
+from clip_jax.data.pipeline import InputConfig, TrainBatches
+from clip_jax.data.reader import Mixture, TrainReader
+from clip_jax.processing import Augment, Preprocess
+from clip_jax.processing.tokenizers import OpenAITokenizer
+if __name__ == "__main__":
+    reader = TrainReader(Mixture((Digits(),), (1.0,), 0, 8), Preprocess(32), OpenAITokenizer(8), Augment())
+    batches = TrainBatches(reader, InputConfig(data_processes=2))
+    next(batches)
+    children = [child.pid for child in multiprocessing.active_children()]
+    memory = [memory.name for memory in batches._delivery._all]
+    print(*children, *memory, flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+    script = tmp_path / "script.py"
+    script.write_text(program)
+    result = subprocess.run(
+        [sys.executable, str(script)], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": os.getcwd()}
+    )
+    assert result.returncode == -signal.SIGKILL, result.stderr
+    children, memory = result.stdout.split()[:2], result.stdout.split()[2:]
+    assert len(children) == 2 and len(memory) == 3
+    deadline = time.monotonic() + 60
+    left = [Path("/proc", child) for child in children] + [Path("/dev/shm", name) for name in memory]
+    while any(path.exists() for path in left) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not [path for path in left if path.exists()]

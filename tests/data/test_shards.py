@@ -26,8 +26,9 @@ def open_source(kind, path, **fields):
     return source_config(kind, {"path": str(path), **fields}).open(Access())
 
 
-def batches_of(source, count=6, config=InputConfig(), **changes):  # noqa: B008
-    reader = TrainReader(Mixture((source,), (1.0,), 3, 16), Preprocess(24), OpenAITokenizer(16), Augment())
+def batches_of(*sources, count=6, config=InputConfig(), **changes):  # noqa: B008
+    mixture = Mixture(sources, (1.0,) * len(sources), 3, 16)
+    reader = TrainReader(mixture, Preprocess(24), OpenAITokenizer(16), Augment())
     with contextlib.closing(TrainBatches(reader, config, **changes)) as batches:
         return [next(batches) for _ in range(count)]
 
@@ -177,7 +178,7 @@ def test_samples_come_in_ranges_over_shards(shards):
         ({"path": "nowhere/*.tar"}, "no file matches nowhere"),
         ({"path": "nowhere/{000..001}.tar"}, "nowhere/000.tar cannot be opened: No such file"),
         ({"path": "nowhere/{000..001.tar"}, "expected braces such as"),
-        ({"path": "here://x/a.tar"}, "here://x/a.tar: Protocol not known: here"),
+        ({"path": "here://x/a.tar"}, "here://x: Protocol not known: here"),
         ({"path": "a.tar", "block": 0}, "block must be at least 1, got 0"),
     ],
 )

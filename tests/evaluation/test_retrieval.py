@@ -4,6 +4,7 @@ import dataclasses
 import io
 import json
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ import torch
 from PIL import Image
 
 import evaluate
+from clip_jax.data.access import Access
 from clip_jax.data.example import Example
 from clip_jax.errors import UserError
 from clip_jax.evaluation import ranks
@@ -18,9 +20,12 @@ from clip_jax.evaluation.datasets import EvaluationSet, evaluation_set
 from clip_jax.evaluation.ranks import own_ranks, retrieval_metrics
 from clip_jax.evaluation.retrieval import RetrievalResult, zero_shot_retrieval
 from clip_jax.evaluation.tasks import chosen_tasks
+from clip_jax.models import CLIP
+from clip_jax.parallel import MeshConfig, make_partitioner
 from clip_jax.processing import tokenize
 from tests import reference_models
 from tests.data.make_shards import photo, write_tar
+from train import zero_shot_evaluation
 
 CONFIG = dataclasses.replace(
     reference_models.ODD_VIT, text=dataclasses.replace(reference_models.ODD_VIT.text, vocab_size=49408)
@@ -103,6 +108,19 @@ def test_ranks_with_ties(data, block, monkeypatch):
         queries, candidates, query_groups, candidate_groups = arguments
         again = own_ranks(queries, candidates[order], query_groups, candidate_groups[order])
         np.testing.assert_array_equal(again, found)
+
+
+def test_what_only_rounding_tells_apart_is_a_tie():
+    """Two copies of a vector: products of matrices sum one in another order than the other."""
+    images, texts, image_of_text = (np.eye(2), np.ones((1, 2)) / np.sqrt(2), np.zeros(1, int))
+    for own_is_nearer_by, rank in ((0, 1), (1e-12, 1), (-1e-12, 1), (1e-7, 0), (-1e-7, 1)):
+        moved = images * (1 + np.array([[own_is_nearer_by], [0]]))
+        assert own_ranks(texts, moved, image_of_text, np.arange(2)).tolist() == [rank]
+    images, texts, image_of_text = made_up(41, 203, 0.5, width=512)  # at such sizes it happens
+    for features in (images, texts):
+        features[:] = features[np.random.default_rng(0).integers(0, 3, len(features))]
+    arguments = (texts, images, image_of_text, np.arange(41))
+    np.testing.assert_array_equal(own_ranks(*arguments), brute_force(*arguments))
 
 
 def test_a_collapsed_model_finds_nothing():
@@ -287,6 +305,26 @@ def test_tasks():
         chosen_tasks(captioned, ["retrieval", "zeroshot"])
     with pytest.raises(UserError, match="unknown task 'zero_shot': expected zeroshot or retrieval"):
         chosen_tasks(labelled, ["zero_shot"])
+
+
+def test_a_tfds_set_can_serve_either_task(photos_dir, tmp_path):
+    from tests.tiny_photos import TinyConfigs
+
+    TinyConfigs(config="green", data_dir=tmp_path, file_format="array_record").download_and_prepare()
+    for name, data_dir, needs in (
+        ("tiny_photos/train", photos_dir, "named classes"),
+        ("tiny_configs/green/train", str(tmp_path), "captions"),
+    ):
+        dataset = evaluation_set(name, Access(data_dir))
+        assert [task.needs for task in chosen_tasks(dataset)] == [needs]
+        assert chosen_tasks(dataset, ["retrieval"])
+
+
+def test_training_refuses_a_set_without_classes_before_it_begins(wds):
+    config = SimpleNamespace(eval_datasets=(str(wds),), access=Access())
+    training = SimpleNamespace(model=CLIP(CONFIG), partitioner=make_partitioner(MeshConfig()))
+    with pytest.raises(UserError, match="wds_photos has no named classes, which zeroshot needs"):
+        zero_shot_evaluation(config, training)
 
 
 def test_neither_classes_nor_captions():

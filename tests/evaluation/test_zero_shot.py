@@ -11,7 +11,7 @@ from clip_jax.data.example import Example
 from clip_jax.errors import UserError
 from clip_jax.evaluation.datasets import EvaluationSet, evaluation_set
 from clip_jax.evaluation.registry import EVALUATION_SETS, Entry
-from clip_jax.evaluation.zero_shot import make_encoders, zero_shot, zero_shot_classifier
+from clip_jax.evaluation.zero_shot import ZeroShotResult, make_encoders, zero_shot, zero_shot_classifier
 from clip_jax.models import CLIP, CLIPConfig, TextConfig
 from clip_jax.parallel import MeshConfig, make_partitioner
 from clip_jax.processing import tokenize
@@ -108,6 +108,14 @@ def test_an_image_without_a_label_is_an_error():
     dataset = EvaluationSet("pictures", Unlabelled(), CLASSES)
     with pytest.raises(UserError, match="pictures: expected labels from 0 to 2, but 1 of 10 are not"):
         zero_shot(encoders(1), variables(), dataset, progress=False)
+
+
+def test_a_data_set_is_judged_by_its_own_metric():
+    scores = np.eye(6, dtype=np.float32)[[0, 1, 2, 3]]
+    dataset = dataclasses.replace(PICTURES, class_names=tuple("abcdef"), metric="mean_acc1_acc5")
+    assert ZeroShotResult(dataset, scores, np.array([0, 1, 0, 5])).metrics == {
+        "acc1": 0.5, "acc5": 0.75, "mean_per_class_recall": 0.5, "mean_acc1_acc5": 0.625,
+    }  # fmt: skip
 
 
 def test_an_evaluation_set_costs_one_entry(monkeypatch):

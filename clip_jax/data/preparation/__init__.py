@@ -1,0 +1,1 @@
+"""Preparation: any source becomes array records that TFDS opens, range by range, whoever works at a range."""
