@@ -12,20 +12,17 @@ from clip_jax.data.checked import decoded_captions, read_file
 from clip_jax.errors import UserError
 from clip_jax.evaluation.registry import Entry
 
-PLACEHOLDERS = ("{c}", "{}")  # where the name of a class goes
-
 _DISTRIBUTION = "clip-benchmark"
 _CLASS_NAMES = "clip_benchmark/datasets/en_classnames.json"
 _TEMPLATES = "clip_benchmark/datasets/en_zeroshot_classification_templates.json"
+_PLACEHOLDER = re.compile(r"\{c?\}")  # where the name of a class goes
 _SYNSET = re.compile(r"n\d{8}")
 _ID = re.compile(r"[a-z]{0,6}[ _-]?\d+", re.IGNORECASE)  # 17, n01440764, class_3
 
 
 def prompt(template: str, class_name: str) -> str:
     """A template with the name of a class in it; nothing else of the template has a meaning."""
-    for placeholder in PLACEHOLDERS:
-        template = template.replace(placeholder, class_name)
-    return template
+    return _PLACEHOLDER.sub(lambda _: class_name, template)
 
 
 def checked_templates(templates: Sequence[str], origin: str) -> tuple[str, ...]:
@@ -37,7 +34,7 @@ def checked_templates(templates: Sequence[str], origin: str) -> tuple[str, ...]:
     if not templates:
         raise UserError(f"{origin} has no template: expected lines such as 'a photo of a {{}}.'")
     for template in templates:
-        if not any(placeholder in template for placeholder in PLACEHOLDERS):
+        if not _PLACEHOLDER.search(template):
             raise UserError(f"{origin}: the template {template!r} has no {{}} where the name of the class goes")
     return tuple(templates)
 
@@ -123,7 +120,7 @@ def templates_from(file_or_text: str) -> tuple[str, ...]:
     Raises:
       UserError: it is neither.
     """
-    if any(placeholder in file_or_text for placeholder in PLACEHOLDERS) and not os.path.exists(file_or_text):
+    if _PLACEHOLDER.search(file_or_text) and not os.path.exists(file_or_text):
         return (file_or_text,)
     return checked_templates(lines_of(file_or_text), file_or_text)
 
