@@ -3,19 +3,22 @@
 import dataclasses
 import json
 from importlib.metadata import PackageNotFoundError
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from PIL import Image
 
 import evaluate
+import train
 from clip_jax.data.access import Access
 from clip_jax.errors import UserError
 from clip_jax.evaluation import prompts
 from clip_jax.evaluation.datasets import evaluation_set
 from clip_jax.evaluation.registry import Entry
 from clip_jax.evaluation.zero_shot import make_encoders
-from clip_jax.models import CLIPConfig, TextConfig
+from clip_jax.models import CLIP, CLIPConfig, TextConfig
+from clip_jax.parallel import MeshConfig, make_partitioner
 from clip_jax.weights import save
 from tests import tiny
 from tests.evaluation.generated_sets import LISTED, names_in_the_collection, words, write_wds
@@ -173,21 +176,28 @@ def test_one_broken_set_of_several_is_reported_and_the_others_run(weights, tmp_p
             evaluate.main([*command, name])
 
 
-def test_prompts_are_checked_before_anything_is_computed(weights, tmp_path, monkeypatch):
-    path = write_classes(tmp_path / "set", ("cat", "word " * 40))
-    computed = []
+def test_prompts_of_all_sets_are_checked_before_anything_is_computed(weights, tmp_path, monkeypatch, capsys):
+    def compute(*_):
+        raise UserError("computed")
 
     def spied(model, partitioner):
-        encoders = make_encoders(model, partitioner)
-        return dataclasses.replace(encoders, encode_tokens=lambda *_: computed.append("tokens"))
+        return dataclasses.replace(make_encoders(model, partitioner), encode_tokens=compute, encode_images=compute)
 
     monkeypatch.setattr("clip_jax.evaluation.zero_shot.make_encoders", spied)
-    with pytest.raises(UserError, match=f"^{path}: .* tokens"):
-        evaluate.main(["--weights", weights, "--datasets", path])
-    assert not computed
-    with pytest.raises(AttributeError):  # of the spy's None
-        evaluate.main(["--weights", weights, "--datasets", write_classes(tmp_path / "good", ("cat", "dog"))])
-    assert computed == ["tokens"]
+    good = write_classes(tmp_path / "good", ("cat", "dog"))
+    long = write_classes(tmp_path / "long", ("cat", "word " * 40))
+    assert evaluate.main(["--weights", weights, "--datasets", f"{good},{long}"]) == 1
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+    assert len(errors) == 2 and errors[0].startswith(f"error: {long}: ") and "tokens" in errors[0]
+    assert errors[1] == f"error: {good}: computed"
+
+
+def test_training_checks_the_prompts_of_its_evaluation_before_the_first_step(tmp_path):
+    model = CLIP(CLIPConfig(32, tiny.VIT.vision, TextConfig(32, 2, 64, 1, context_length=16)))
+    long = write_classes(tmp_path / "long", ("cat", "word " * 40))
+    config = SimpleNamespace(eval_datasets=(long,), access=Access())
+    with pytest.raises(UserError, match=f"^{long}: .* tokens"):
+        train.zero_shot_evaluation(config, SimpleNamespace(model=model, partitioner=make_partitioner(MeshConfig())))
 
 
 def test_the_distribution_is_never_imported():

@@ -219,6 +219,14 @@ def test_classes_and_templates_are_as_many_as_the_papers():
         assert len(prompts.listed_class_names(entry)) in (0, classes), name
 
 
+def test_the_papers_metrics():
+    """Table 9."""
+    expected = dict.fromkeys(SUITES["paper27"], "acc1")
+    expected |= dict.fromkeys(("aircraft", "pets", "caltech101", "flowers"), "mean_per_class_recall")
+    expected |= {"voc2007": "mean_average_precision", "hateful_memes": "roc_auc", "kinetics700": "mean_acc1_acc5"}
+    assert {name: LISTED[name].metric for name in SUITES["paper27"]} == expected
+
+
 def test_the_papers_values():
     assert paper_value("ViT-B/32", "imagenet") == 0.632 and paper_value("RN50", "food101") == 0.811
     assert paper_value("ViT-L/14@336px", "hateful_memes") == 0.633
