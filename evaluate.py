@@ -73,6 +73,8 @@ def main(argv: Sequence[str]) -> int:
         with tolerated(name, names, failed):
             dataset = evaluation_set(name, access, class_names, templates)
             jobs += [(task, dataset) for task in chosen_tasks(dataset, names_in(flags.tasks))]
+    if not jobs:
+        return 1
     for target in filter(None, (flags.output, flags.report)):
         make_parent(Path(target))
     if flags.report:

@@ -123,7 +123,7 @@ def _open_entry(name: str, entry: Entry, access: Access) -> Source:
     wds, folder = os.path.join(root, collection.folder_name(entry.wds)), os.path.join(root, f"folder_{name}")
     if entry.wds and is_wds(wds, _SPLIT):
         return WdsSource(wds, _SPLIT)
-    if os.path.isdir(folder):
+    if entry.classes and os.path.isdir(folder):
         return LabelledFolder(folder)
     if entry.tfds and _is_prepared(entry, access):
         return _open_tfds(entry, access)
@@ -141,8 +141,10 @@ def _open_entry(name: str, entry: Entry, access: Access) -> Source:
         except UserError as error:
             failures.append(str(error))
     obtain = f": nobody distributes it; {entry.obtain}" if entry.obtain else ""
-    expected = f"{wds}/{_SPLIT}/0.tar and so on, or " if entry.wds else ""
-    raise UserError(f"{name} is not here{obtain}: {'; '.join([f'expected {expected}{folder}/CLASS/IMAGE', *failures])}")
+    places = [f"{wds}/{_SPLIT}/0.tar and so on"] * bool(entry.wds) + [f"{folder}/CLASS/IMAGE"] * bool(entry.classes)
+    raise UserError(
+        f"{name} is not here{obtain}: expected {' or '.join(places)}" + "".join(f"; {failure}" for failure in failures)
+    )
 
 
 def _is_prepared(entry: Entry, access: Access) -> bool:

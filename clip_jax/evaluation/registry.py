@@ -22,7 +22,7 @@ class Entry:
       class_names: what the prompts call the classes; or the name of the list in its `en_classnames.json`. Without
         them, the labels themselves, made readable.
       metric: what it is judged by, one of `evaluation.metrics.METRICS`.
-      classes: how many there are; 0 for as many as the source says.
+      classes: how many there are; 0 for as many as the source says, which may be none.
       prompts: how many templates there are; 0 where nobody has counted.
       wds: its name in the collection `clip-benchmark/wds_*`.
       tfds: its name, split and other fields in TFDS, as in the `data` of a configuration.

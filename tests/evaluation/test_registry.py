@@ -12,10 +12,11 @@ from clip_jax.data.access import Access
 from clip_jax.errors import UserError
 from clip_jax.evaluation import collection, prompts
 from clip_jax.evaluation.datasets import evaluation_set
-from clip_jax.evaluation.registry import SUITES, paper_value
+from clip_jax.evaluation.registry import EVALUATION_SETS, SUITES, paper_value
 from clip_jax.models import CLIPConfig, TextConfig, VisionTransformerConfig
 from clip_jax.weights import save
 from tests import tiny
+from tests.data.make_shards import photo, write_tar
 from tests.evaluation.generated_sets import FORMS, LISTED, WRITERS, names_in_the_collection, write_wds
 from tests.hub_stand_in import Hub, use
 
@@ -88,8 +89,8 @@ def hub(tmp_path, monkeypatch):
     hub.server.server_close()
 
 
-def test_the_collection_on_the_hub(hub, weights, tmp_path, monkeypatch):
-    names = [name for name in FORMS["wds"] if name not in COSTLY]
+@pytest.mark.parametrize("names", [FAST[0][1], pytest.param(SLOW[0][1], marks=pytest.mark.slow)], ids=("fast", "slow"))
+def test_the_collection_on_the_hub(names, hub, weights, tmp_path, monkeypatch):
     for name in names:
         folder = write_wds(tmp_path / "upload", name)
         (folder / "train").mkdir()
@@ -104,6 +105,28 @@ def test_the_collection_on_the_hub(hub, weights, tmp_path, monkeypatch):
         dataset = evaluation_set(name, Access(str(tmp_path / "data"), offline=True))
         assert dataset.class_names == tuple(names_in_the_collection(name))
     assert not hub.requests
+
+
+@pytest.mark.parametrize("name", ["coco", "flickr30k", "flickr8k"])
+def test_captions_of_the_collection(name, hub, weights, tmp_path, monkeypatch):
+    folder = tmp_path / "upload" / collection.folder_name(EVALUATION_SETS[name].wds)
+    (folder / "test").mkdir(parents=True)
+    (folder / "dataset_type.txt").write_text("retrieval")
+    (folder / "test" / "nshards.txt").write_text("1")
+    write_tar(folder / "test" / "0.tar", range(4), content=lambda k: {"jpg": photo(k), "txt": f"one {k}\ntwo".encode()})
+    hub.upload(f"clip-benchmark/{folder.name}", folder)
+    (tmp_path / "data").mkdir()
+    (row,) = rows_of([name], weights, tmp_path / "data", monkeypatch).values()
+    assert row["task"] == "zeroshot_retrieval" and "main_metric" not in row
+    with pytest.raises(UserError, match="has no named classes"):
+        evaluate.main(["--weights", weights, "--datasets", name, "--tasks", "zeroshot"])
+
+
+def test_where_nothing_can_be_opened_no_weights_are_fetched(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
+    assert evaluate.main(["--weights", "ViT-B/32", "--datasets", "imagenet_robustness,birdsnap", "--offline"]) == 1
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert [line.split(": ")[1] for line in errors] == [*SUITES["imagenet_robustness"], "birdsnap"]
 
 
 def test_before_a_set_is_fetched_its_size_is_said(hub, tmp_path, monkeypatch):
