@@ -26,6 +26,7 @@ SHARD_COUNT = "nshards.txt"
 
 _MAX_SHARDS = 100_000
 _MAX_TEXT = 2**22  # bytes of a list of names
+_MAX_LINE = 2_000  # characters
 _MAX_CLASSES = 2**17
 
 
@@ -97,7 +98,12 @@ def _shard_count(folder: str) -> int:
 def _lines(path: str, name: str) -> tuple[str, ...]:
     """The lines of a small file, in their places; none where it is missing."""
     text = _text(files.join(path, name))
-    return tuple(line.strip() for line in (text or "").rstrip().splitlines())
+    lines = tuple(line.strip() for line in (text or "").rstrip().splitlines())
+    if any(len(line) > _MAX_LINE for line in lines):
+        raise UserError(
+            f"{path}/{name} has a line of over {_MAX_LINE:,} characters: expected a list of names or sentences"
+        )
+    return lines
 
 
 def _text(path: str) -> str | None:

@@ -142,9 +142,8 @@ def _open_entry(name: str, entry: Entry, access: Access) -> Source:
             failures.append(str(error))
     obtain = f": nobody distributes it; {entry.obtain}" if entry.obtain else ""
     places = [f"{wds}/{_SPLIT}/0.tar and so on"] * bool(entry.wds) + [f"{folder}/CLASS/IMAGE"] * bool(entry.classes)
-    raise UserError(
-        f"{name} is not here{obtain}: expected {' or '.join(places)}" + "".join(f"; {failure}" for failure in failures)
-    )
+    reasons = "; ".join([f"expected {' or '.join(places)}", *failures])
+    raise UserError(f"{name} is not here{obtain}: {reasons}")
 
 
 def _is_prepared(entry: Entry, access: Access) -> bool:

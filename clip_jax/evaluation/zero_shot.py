@@ -23,6 +23,7 @@ from clip_jax.parallel import Partitioner
 from clip_jax.processing import Preprocess, Tokenizer, make_tokenizer
 
 BATCH_SIZE = 256  # over all devices
+MOST_PROMPTS = 2**19  # class names times templates; ImageNet has 80,000
 Variables = Mapping[str, Any]
 Encode = Callable[[Variables, Num[np.ndarray, "n ..."]], Float[np.ndarray, "n embed_dim"]]
 
@@ -135,6 +136,8 @@ def check_prompts(encoders: Encoders, dataset: EvaluationSet) -> None:
     """
     if not dataset.class_names:
         raise UserError(f"{dataset.name} has no named classes, which zero-shot classification needs")
+    if (count := len(dataset.class_names) * len(dataset.templates)) > MOST_PROMPTS:
+        raise UserError(f"{dataset.name} has {count:,} prompts, expected at most {MOST_PROMPTS:,}: leave out templates")
     try:
         prompt_tokens(encoders, dataset.class_names, dataset.templates)
     except ValueError as error:

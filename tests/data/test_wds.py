@@ -98,3 +98,6 @@ def test_what_else_is_refused(tmp_path):
     (tmp_path / "set" / "classnames.txt").write_bytes(b"a\n" * 2**21 + b"b")
     with pytest.raises(UserError, match=r"classnames.txt has over 4,194,304 bytes"):
         WdsSource(path)
+    (tmp_path / "set" / "classnames.txt").write_text("a\n" + "b" * 2_001)
+    with pytest.raises(UserError, match=r"classnames.txt has a line of over 2,000 characters"):
+        WdsSource(path)

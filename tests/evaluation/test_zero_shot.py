@@ -92,6 +92,12 @@ def test_a_class_name_that_does_not_fit_is_refused():
         zero_shot_classifier(encoders(1), variables(), ["word " * 30], TEMPLATES)
 
 
+def test_more_prompts_than_anybody_has_are_refused():
+    dataset = EvaluationSet("pictures", Pictures(), ("cat",) * 2**10, ("a {}",) * (2**9 + 1))
+    with pytest.raises(UserError, match="pictures has 525,312 prompts, expected at most 524,288"):
+        zero_shot(encoders(1), variables(), dataset, progress=False)
+
+
 @pytest.mark.parametrize("tower", ["visual", "text"])
 def test_weights_that_are_nan_score_nothing(tower):
     params = variables()["params"]
