@@ -1,4 +1,4 @@
-"""Evaluate a CLIP model without training it for the task: zero-shot classification, and retrieval by captions.
+"""Evaluate a CLIP model: zero-shot classification, retrieval by captions, linear probe and few-shot.
 
 python evaluate.py --config vit_b32 --datasets imagenet_v2 --output results.json
 python evaluate.py --weights runs/demo --datasets shapes,digits --report report.html
@@ -42,9 +42,9 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--datasets", metavar="A,B,C", help=f"{accepted_names()}; default: the config's eval_datasets")
     parser.add_argument(
         "--tasks",
-        metavar="A,B",
-        help="zeroshot, retrieval or both; default: zeroshot for a data set with named classes, retrieval for one with "
-        "captions only",
+        metavar="A,B,C",
+        help="of zeroshot, retrieval, linear_probe, few_shot (these two need a training split); default: zeroshot "
+        "for a data set with named classes, retrieval for one with captions only",
     )
     parser.add_argument(
         "--class_names", metavar="FILE", help="what the prompts call the classes of the one data set, a name a line"
@@ -118,7 +118,7 @@ def tolerated(name: str, names: Sequence[str], failed: list[str]) -> Iterator[No
 
 def summary(result: Any, model: str) -> str:
     """One line on a result, with the paper's value where it has one."""
-    line = f"{result.dataset.name}: " + ", ".join(f"{key} {value:.4f}" for key, value in result.metrics.items())
+    line = f"{result.dataset.name}: " + ", ".join(f"{key} {value:.4g}" for key, value in result.metrics.items())
     expected = paper_value(model, result.dataset.name)
     if expected is None or result.dataset.metric not in result.metrics:
         return line

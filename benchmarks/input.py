@@ -82,6 +82,7 @@ def write(folder: Path, size: str, count: int) -> None:
 
 def ours(kind: str, folder: Path) -> Iterator[int]:
     """This project's pipeline on one of its formats, with one thread."""
+    from clip_jax.data.access import Access
     from clip_jax.data.pipeline import TrainBatches
     from clip_jax.data.reader import Mixture, TrainReader
     from clip_jax.data.sources import make_sources
@@ -94,7 +95,7 @@ def ours(kind: str, folder: Path) -> Iterator[int]:
         "folder": {"path": str(folder / "folder")},
         "tfds": {"name": "bench"},
     }[kind]
-    mixture = Mixture(*make_sources({kind: fields}, str(folder)), 0, BATCH)
+    mixture = Mixture(*make_sources({kind: fields}, Access(str(folder))), 0, BATCH)
     reader = TrainReader(mixture, Preprocess(RESOLUTION), OpenAITokenizer(), Augment())
     for batch in TrainBatches(reader):
         yield len(batch["image"])

@@ -1,8 +1,11 @@
 """The data sets that a model can be judged on. A new one costs an entry in `registry.toml`."""
 
+import dataclasses
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
+from functools import partial
+from pathlib import Path
 
 from clip_jax.data.access import Access
 from clip_jax.data.example import Source
@@ -17,6 +20,7 @@ SEVERAL_CLASSES = "mean_average_precision"  # the metric of images that can belo
 
 _USUAL_SPLITS = ("test", "validation")
 _SPLIT = "test"  # of the collection, which calls the split of each set so that its numbers are reported on
+_TRAIN = "train"
 _IMAGENET = "imagenet1k"
 
 
@@ -30,6 +34,8 @@ class EvaluationSet:
       class_names: in the order of the labels; empty where there are none.
       templates: sentences around a class name, whose embeddings are averaged (paper section 3.1.4).
       metric: what it is judged by, one of `evaluation.metrics.METRICS`.
+      train: opens what a linear probe is fitted to, with the same classes; None where there is none.
+      validation: opens what its regularisation is chosen by; None for a part of `train`.
       occurring: how many of the classes have images, if not all; the others do not count.
     """
 
@@ -38,6 +44,8 @@ class EvaluationSet:
     class_names: tuple[str, ...] = ()
     templates: tuple[str, ...] = DEFAULT_TEMPLATES
     metric: str = "acc1"
+    train: Callable[[], Source] | None = None
+    validation: Callable[[], Source] | None = None
     occurring: int = 0
 
 
@@ -72,11 +80,11 @@ def evaluation_set(
       UserError: there is no such data set, a part of it is damaged, or its classes have no names or another number.
     """
     entry = EVALUATION_SETS.get(name)
-    source = _open_unlisted(name, access) if entry is None else _open_entry(name, entry, access)
+    opened = _open_unlisted(name, access) if entry is None else _open_entry(name, entry, access)
+    source, labels = opened.source, opened.class_names
     if damage := getattr(source, "damage", ()):  # without a part of the data, the score would be another one
         raise UserError(f"{source.name} is damaged, {len(damage)} times; first: {damage[0]}")
     entry = entry or Entry(metric=SEVERAL_CLASSES if getattr(source, "type", "") == "multilabel" else "acc1")
-    labels = tuple(getattr(source, "class_names", ()))
     if class_names and labels and len(class_names) != len(labels):
         raise UserError(f"{name} has {len(labels)} classes, but --class_names names {len(class_names)}")
     names = tuple(class_names) or _class_names(source, entry, labels)
@@ -86,7 +94,13 @@ def evaluation_set(
         sentences = prompts.checked_templates(own, source.name)
     else:
         sentences = prompts.templates_of(entry)
-    return EvaluationSet(name, source, names, sentences, entry.metric, _occurring(source, entry, names))
+    return dataclasses.replace(
+        opened,
+        class_names=names,
+        templates=sentences,
+        metric=entry.metric,
+        occurring=_occurring(source, entry, names),
+    )
 
 
 def _class_names(source: Source, entry: Entry, labels: tuple[str, ...]) -> tuple[str, ...]:
@@ -115,18 +129,20 @@ def _occurring(source: Source, entry: Entry, names: tuple[str, ...]) -> int:
     raise UserError(f"{source.name}: expected the names of {entry.classes} classes, got {len(names)}")
 
 
-def _open_entry(name: str, entry: Entry, access: Access) -> Source:
-    """What lies here first, then what can be fetched."""
+def _open_entry(name: str, entry: Entry, access: Access) -> EvaluationSet:
+    """What lies here first, then what can be fetched; with the labels in place of names for the classes."""
     if entry.source:
-        return source_config(name, entry.source).open(access)
+        source = source_config(name, entry.source).open(access)
+        train = None if not entry.train else partial(source_config(name, entry.train).open, access)
+        return EvaluationSet(name, source, source.class_names, train=train)
     root = access.data_dir or os.environ.get("TFDS_DATA_DIR") or os.path.expanduser("~/tensorflow_datasets")
     wds, folder = os.path.join(root, collection.folder_name(entry.wds)), os.path.join(root, f"folder_{name}")
     if entry.wds and is_wds(wds, _SPLIT):
-        return WdsSource(wds, _SPLIT)
+        return _open_wds(name, wds, _SPLIT)
     if entry.classes and os.path.isdir(folder):
-        return LabelledFolder(folder)
+        return _open_folder(name, folder)
     if entry.tfds and _is_prepared(entry, access):
-        return _open_tfds(entry, access)
+        return _open_tfds(name, entry, access)
     failures = []
     if entry.wds:
         try:
@@ -134,10 +150,11 @@ def _open_entry(name: str, entry: Entry, access: Access) -> Source:
         except UserError as error:
             failures.append(str(error))
         else:
-            return WdsSource(fetched, _SPLIT)
+            source = WdsSource(fetched, _SPLIT)
+            return EvaluationSet(name, source, source.class_names, train=partial(_open_training, entry.wds, access))
     if entry.tfds:
         try:
-            return _open_tfds(entry, access)
+            return _open_tfds(name, entry, access)
         except UserError as error:
             failures.append(str(error))
     obtain = f": nobody distributes it; {entry.obtain}" if entry.obtain else ""
@@ -146,33 +163,68 @@ def _open_entry(name: str, entry: Entry, access: Access) -> Source:
     raise UserError(f"{name} is not here{obtain}: {reasons}")
 
 
+def _open_wds(name: str, root: str, split: str) -> EvaluationSet:
+    source = WdsSource(root, split)
+    has_train = split != _TRAIN and is_wds(root, _TRAIN)
+    return EvaluationSet(
+        name, source, source.class_names, train=partial(WdsSource, root, _TRAIN) if has_train else None
+    )
+
+
+def _open_training(name: str, access: Access) -> WdsSource:
+    """The training split of a data set of the collection, fetched only when somebody wants it."""
+    return WdsSource(collection.fetch(name, _TRAIN, access), _TRAIN)
+
+
+def _open_folder(name: str, path: str) -> EvaluationSet:
+    """Class folders; those in a folder `train` beside theirs, if there is one, are for training."""
+    source, train = LabelledFolder(path), Path(path).resolve().parent / _TRAIN
+    opens = partial(LabelledFolder, str(train)) if train.is_dir() and train != Path(path).resolve() else None
+    return EvaluationSet(name, source, source.class_names, train=opens)
+
+
 def _is_prepared(entry: Entry, access: Access) -> bool:
     from clip_jax.data import tfds_builder  # imports TFDS
 
     return tfds_builder.prepared(entry.tfds["name"], access.data_dir) is not None
 
 
-def _open_tfds(entry: Entry, access: Access) -> Source:
-    return source_config("tfds", entry.tfds).open(access)
+def _open_tfds(name: str, entry: Entry, access: Access) -> EvaluationSet:
+    from clip_jax.data import tfds_builder, tfds_source  # import TFDS
+
+    builder = tfds_builder.open_builder(entry.tfds["name"], access)
+    opens = partial(tfds_source.TfdsSource, builder, label_field=entry.tfds.get("label_field", ""))
+    splits = {other: other for other in _other_splits(entry.tfds["split"], builder.info.splits)}
+    if entry.train:
+        splits = {_TRAIN: entry.train["split"]}
+    source = opens(entry.tfds["split"])
+    return EvaluationSet(
+        name, source, source.class_names, **{part: partial(opens, split) for part, split in splits.items()}
+    )
+
+
+def _other_splits(split: str, splits: Iterable[str]) -> list[str]:
+    return [other for other in (_TRAIN, "validation") if other != split.partition("[")[0] and other in splits]
 
 
 def _kinds_with_path() -> list[str]:
     return [kind for kind, config in SOURCES.items() if any(field.name == "path" for field in fields(config))]
 
 
-def _open_unlisted(name: str, access: Access) -> Source:
+def _open_unlisted(name: str, access: Access) -> EvaluationSet:
     kind, _, path = name.partition(":")
     if kind in _kinds_with_path():
-        return source_config(kind, {"path": path}).open(access)
+        source = source_config(kind, {"path": path}).open(access)
+        return EvaluationSet(name, source, getattr(source, "class_names", ()))
     if not (os.path.isdir(name) or "://" in name or name.startswith((".", os.sep))):
         return _open_any_tfds(name, access)
     root, split = os.path.split(name.rstrip("/"))
     if is_wds(root, split):
-        return WdsSource(root, split)
-    return WdsSource(name, _SPLIT) if is_wds(name, _SPLIT) else LabelledFolder(name)
+        return _open_wds(name, root, split)
+    return _open_wds(name, name, _SPLIT) if is_wds(name, _SPLIT) else _open_folder(name, name)
 
 
-def _open_any_tfds(name: str, access: Access) -> Source:
+def _open_any_tfds(name: str, access: Access) -> EvaluationSet:
     """NAME or NAME/SPLIT, where NAME may hold slashes itself."""
     from clip_jax.data import tfds_builder, tfds_source  # import TFDS
 
@@ -185,4 +237,11 @@ def _open_any_tfds(name: str, access: Access) -> Source:
             builder = tfds_builder.open_builder(prefix or name, access)
         except tfds_builder.UnknownDataSet as error:
             raise UserError(f"unknown evaluation set {name!r}: expected {accepted_names()}; {error}") from error
-    return tfds_source.TfdsSource(builder, split)
+    source = tfds_source.TfdsSource(builder, split)
+    others = _other_splits(split, builder.info.splits)
+    return EvaluationSet(
+        name,
+        source,
+        source.class_names,
+        **{other: partial(tfds_source.TfdsSource, builder, other) for other in others},
+    )

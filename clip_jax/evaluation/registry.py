@@ -26,6 +26,7 @@ class Entry:
       prompts: how many templates there are; 0 where nobody has counted.
       wds: its name in the collection `clip-benchmark/wds_*`.
       tfds: its name, split and other fields in TFDS, as in the `data` of a configuration.
+      train: kind and fields of the training split, for linear probes, where it is not simply the split of that name.
       renamed: (label, name, reason) of each label that the prompts call otherwise.
       obtain: where it comes from and what folders to make of it, if nobody distributes it.
     """
@@ -38,6 +39,7 @@ class Entry:
     prompts: int = 0
     wds: str = ""
     tfds: Mapping[str, Any] = field(default_factory=dict)
+    train: Mapping[str, Any] = field(default_factory=dict)
     renamed: tuple[tuple[str, str, str], ...] = ()
     obtain: str = ""
 

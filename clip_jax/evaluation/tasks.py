@@ -1,4 +1,4 @@
-"""What a model can be asked to do without training for it. A new task costs an entry in `TASKS`."""
+"""What a model can be judged by. A new task costs an entry in `TASKS`."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -8,6 +8,8 @@ from typing import ClassVar, Protocol
 
 from clip_jax.errors import UserError
 from clip_jax.evaluation.datasets import EvaluationSet
+from clip_jax.evaluation.few_shot import few_shot
+from clip_jax.evaluation.linear_probe import linear_probe
 from clip_jax.evaluation.retrieval import zero_shot_retrieval
 from clip_jax.evaluation.zero_shot import Encoders, Variables, check_prompts, zero_shot
 
@@ -46,10 +48,16 @@ class Task:
     check: Callable[[Encoders, EvaluationSet], None] = lambda encoders, dataset: None
 
 
+def _has_training_split(dataset: EvaluationSet) -> bool:
+    return bool(dataset.class_names) and dataset.train is not None
+
+
 TASKS: Mapping[str, Task] = MappingProxyType(
     {
         "zeroshot": Task(zero_shot, "named classes", lambda dataset: bool(dataset.class_names), check_prompts),
         "retrieval": Task(zero_shot_retrieval, "captions", lambda dataset: bool(dataset.source[0].captions)),
+        "linear_probe": Task(linear_probe, "training split with named classes", _has_training_split),
+        "few_shot": Task(few_shot, "training split with named classes", _has_training_split),
     }
 )
 
@@ -72,5 +80,5 @@ def chosen_tasks(dataset: EvaluationSet, names: Sequence[str] = ()) -> list[Task
     suitable = (task for task in TASKS.values() if task.suits(dataset))
     chosen = [TASKS[name] for name in names] or list(islice(suitable, 1))
     if not chosen:
-        raise UserError(f"{dataset.name} has neither {' nor '.join(task.needs for task in TASKS.values())}")
+        raise UserError(f"{dataset.name} has neither named classes nor captions")
     return chosen

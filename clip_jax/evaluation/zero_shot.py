@@ -20,6 +20,7 @@ from clip_jax.evaluation.metrics import check_finite, check_scores, classificati
 from clip_jax.evaluation.prompts import prompt
 from clip_jax.models import CLIP, normalize
 from clip_jax.parallel import Partitioner
+from clip_jax.precision import at_least_float32
 from clip_jax.processing import Preprocess, Tokenizer, make_tokenizer
 
 BATCH_SIZE = 256  # over all devices
@@ -57,19 +58,25 @@ class ZeroShotResult:
 
 @dataclass(frozen=True)
 class Encoders:
-    """A model's two towers over a mesh: arrays in, unit vectors out as NumPy float32 on every host.
+    """A model's two towers over a mesh: arrays in, features out as NumPy float32 on every host.
 
     Attributes:
+      model: whose.
+      partitioner: of the mesh.
       preprocess: the model's image preprocessing.
       tokenizer: of the model.
-      encode_images: (variables, uint8 images (n, R, R, 3)) -> features.
-      encode_tokens: (variables, int32 tokens (n, context_length)) -> features.
+      encode_images: (variables, uint8 images (n, R, R, 3)) -> unit vectors.
+      encode_tokens: (variables, int32 tokens (n, context_length)) -> unit vectors.
+      probe_features: (variables, uint8 images (n, R, R, 3)) -> what a linear probe sees.
     """
 
+    model: CLIP
+    partitioner: Partitioner
     preprocess: Preprocess
     tokenizer: Tokenizer
     encode_images: Encode
     encode_tokens: Encode
+    probe_features: Encode
 
 
 def make_encoders(model: CLIP, partitioner: Partitioner) -> Encoders:
@@ -84,11 +91,18 @@ def make_encoders(model: CLIP, partitioner: Partitioner) -> Encoders:
     def encode_tokens(variables: Variables, tokens: Array) -> Array:
         return normalize(model.apply(variables, tokens, method=model.encode_text))
 
+    def probe_features(variables: Variables, images: Array) -> Array:
+        pixels = preprocess.normalize(images, model.execution.wide_dtype)
+        return at_least_float32(model.apply(variables, pixels, method=model.probe_features))
+
     return Encoders(
+        model,
+        partitioner,
         preprocess,
         make_tokenizer(config.text),
         _in_batches(encode_images, partitioner),
         _in_batches(encode_tokens, partitioner),
+        _in_batches(probe_features, partitioner),
     )
 
 

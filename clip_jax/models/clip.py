@@ -73,6 +73,12 @@ class CLIP(nn.Module):
         self._check_bound("encode_text", "tokens")
         return self.text(self._checked_tokens(tokens))
 
+    def probe_features(self, images: Images) -> Float[Array, "images dim"]:
+        """What a linear probe sees (paper appendix A.3): ViT: the class token before its projection, of the tower's
+        width. ResNet: the image features.
+        """
+        return self.visual.probe_features(self._checked_images(images))
+
     def image_hidden_states(
         self, images: Images
     ) -> Float[Array, "states batch tokens width"] | list[Float[Array, "..."]]:

@@ -198,6 +198,10 @@ class ModifiedResNet(nn.Module):
         """The image features, not normalised."""
         return self.attnpool(self.feature_maps(images, train)[-1])
 
+    def probe_features(self, images: Float[Array, "batch height width 3"]) -> Float[Array, "batch embed_dim"]:
+        """The image features: the attention pool ends in its own projection."""
+        return self(images)
+
     def hidden_states(
         self, images: Float[Array, "batch height width 3"]
     ) -> list[Float[Array, "batch _height _width _channels"]]:

@@ -62,6 +62,10 @@ class VisionTransformer(nn.Module):
         x = self.embed(images)
         return jnp.concatenate([x[None], self.transformer(x, collect=True)[1]])
 
+    def probe_features(self, images: Float[Array, "batch _height _width 3"]) -> Float[Array, "batch width"]:
+        """The class token before its projection."""
+        return self.ln_post(self.transformer(self.embed(images))[0][:, 0])
+
     def embed(self, images: Float[Array, "batch _height _width 3"]) -> Float[Array, "batch tokens width"]:
         """The sequence that enters the first block: class token and patches, with positions, through ln_pre."""
         dtype = self.execution.compute_dtype

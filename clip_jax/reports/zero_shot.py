@@ -8,23 +8,28 @@ import numpy as np
 from jaxtyping import Int
 from matplotlib.figure import Figure
 
+from clip_jax.evaluation.few_shot import FewShotResult
+from clip_jax.evaluation.linear_probe import LinearProbeResult
 from clip_jax.evaluation.metrics import confusion_matrix
 from clip_jax.evaluation.prompts import prompt
 from clip_jax.evaluation.retrieval import RetrievalResult
 from clip_jax.evaluation.zero_shot import ZeroShotResult
 from clip_jax.processing.images import open_image
+from clip_jax.reports.few_shot import few_shot_curve
 from clip_jax.reports.page import figure_url, picture_url, write_page
 
 SAMPLES = 12  # images shown with their prediction
 MATRIX = 8  # images and texts in the similarity matrix
 MOST_CLASSES = 100  # in a picture of the confusion matrix
 
+AnyResult = ZeroShotResult | RetrievalResult | LinearProbeResult | FewShotResult
+
 
 def write_report(
     path: str | Path,
     title: str,
     metrics: Sequence[Mapping[str, Any]],
-    results: Sequence[ZeroShotResult | RetrievalResult],
+    results: Sequence[AnyResult],
 ) -> None:
     """Write the page; pictures are inside it, so that the one file can be sent to anyone.
 
@@ -32,10 +37,13 @@ def write_report(
       path: the HTML file; its folder is created.
       title: heading.
       metrics: the lines of metrics.jsonl; empty if the model was not trained here.
-      results: one section each of zero-shot classification, one row each of retrieval.
+      results: one section each of zero-shot classification, one row each of retrieval and linear probes, and one
+        picture of all few-shot curves.
     """
     classified = [result for result in results if isinstance(result, ZeroShotResult)]
     retrieved = [result for result in results if isinstance(result, RetrievalResult)]
+    probed = [result for result in results if isinstance(result, LinearProbeResult)]
+    few_shot = [result for result in results if isinstance(result, FewShotResult)]
     losses = [(line["step"], line["loss"]) for line in metrics if "loss" in line]
     write_page(
         path,
@@ -46,10 +54,13 @@ def write_report(
         sections=[_section(result) for result in classified],
         retrieval_metrics=_metric_names(retrieved),
         retrieved=retrieved,
+        probe_metrics=_metric_names(probed),
+        probed=probed,
+        few_shot_curve=few_shot_curve(few_shot) if few_shot else None,
     )
 
 
-def _metric_names(results: Sequence[ZeroShotResult | RetrievalResult]) -> list[str]:
+def _metric_names(results: Sequence[AnyResult]) -> list[str]:
     """The metrics that any of the results has, in the order of that which has most."""
     longest_first = sorted((list(result.metrics) for result in results), key=len, reverse=True)
     return list(dict.fromkeys(name for names in longest_first for name in names))

@@ -274,3 +274,14 @@ def test_token_ids_outside_the_vocabulary_are_refused(outside):
         model.apply(init(tiny.VIT), tokens, method=model.encode_text)
     with pytest.raises(UserError, match=f"ids from 0 to 511, got {outside}"):
         model.apply(init(tiny.VIT), floats(tiny.VIT, 1), tokens)
+
+
+@pytest.mark.parametrize("config", [tiny.VIT, tiny.RESNET], ids=["vit", "resnet"])
+def test_probe_features_are_those_before_a_vits_projection(config):
+    """As OpenAI's `VisionTransformer` gives them where its `proj` is None; a ResNet's are its image features."""
+    variables, images = init(config), floats(config, 2)
+    features = apply(config, variables, images, method=CLIP.probe_features)
+    projection = variables["params"]["visual"]["proj"] if config is tiny.VIT else np.eye(config.embed_dim)
+    np.testing.assert_allclose(
+        features @ projection, apply(config, variables, images, method=CLIP.encode_image), atol=1e-5
+    )
