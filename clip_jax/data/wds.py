@@ -23,6 +23,7 @@ from clip_jax.errors import UserError
 
 TYPES = ("classification", "multilabel", "retrieval")
 SHARD_COUNT = "nshards.txt"
+TEXT_FILES = ("dataset_type.txt", "classnames.txt", "zeroshot_classification_templates.txt")
 
 _MAX_SHARDS = 100_000
 _MAX_TEXT = 2**22  # bytes of a list of names

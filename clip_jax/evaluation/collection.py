@@ -5,7 +5,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 from clip_jax.data.access import Access
-from clip_jax.data.wds import SHARD_COUNT, is_wds
+from clip_jax.data.wds import SHARD_COUNT, TEXT_FILES, is_wds
 from clip_jax.errors import UserError
 from clip_jax.weights import hub
 
@@ -56,7 +56,7 @@ def _fetched(repository: str, split: str) -> str:
     import huggingface_hub
 
     info = huggingface_hub.HfApi().dataset_info(repository, files_metadata=True, timeout=hub.SECONDS)
-    patterns = [f"{split}/*", "*.txt"]
+    patterns = [f"{split}/*", *TEXT_FILES]
     wanted = [file for file in info.siblings or () if any(fnmatch(file.rfilename, pattern) for pattern in patterns)]
     size = sum(file.size or 0 for file in wanted) / 2**30
     logger.info("fetching the %s split of %s from the hub: %.2f GiB", split, repository, size)

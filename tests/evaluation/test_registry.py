@@ -1,6 +1,7 @@
 """Registered data sets: from a name to a row, in each form, with generated images."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -127,6 +128,21 @@ def test_where_nothing_can_be_opened_no_weights_are_fetched(tmp_path, monkeypatc
     assert evaluate.main(["--weights", "ViT-B/32", "--datasets", "imagenet_robustness,birdsnap", "--offline"]) == 1
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert [line.split(": ")[1] for line in errors] == [*SUITES["imagenet_robustness"], "birdsnap"]
+
+
+def test_training_splits(hub, tmp_path):
+    """For linear probes: beside the test split, or what VTAB does not test on; fetched only when it is wanted."""
+    folder = write_wds(tmp_path, "cifar10")
+    assert evaluation_set("cifar10", Access(str(tmp_path))).train is None
+    shutil.copytree(folder / "test", folder / "train")
+    assert len(evaluation_set("cifar10", Access(str(tmp_path))).train()) == 6
+    hub.upload("clip-benchmark/wds_vtab-cifar10", folder)
+    dataset = evaluation_set("cifar10", Access(str(tmp_path / "none")))
+    assert not [path for _, path in hub.requests if "/train/" in path]
+    assert len(dataset.train()) == 6
+    WRITERS["tfds"](tmp_path, "eurosat")
+    dataset = evaluation_set("eurosat", Access(str(tmp_path)))
+    assert (len(dataset.train()), dataset.validation, len(dataset.source)) == (24, None, 6)
 
 
 def test_before_a_set_is_fetched_its_size_is_said(hub, tmp_path, monkeypatch):
