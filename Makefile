@@ -10,9 +10,10 @@ DEMO := runs/demo
 help:  ## this list
 	@grep -E '^[a-z-]+[a-z_]*:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z_-]+):[^#]*## */  make \1\t/' | expand -t 22
 
-$(VENV)/installed: requirements.txt
+$(VENV)/installed: requirements.txt requirements-prompts.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-prompts.txt
 	touch $@
 
 $(VENV)/installed-test: $(VENV)/installed requirements-test.txt

@@ -2,13 +2,16 @@
 
 python evaluate.py --config vit_b32 --datasets imagenet_v2 --output results.json
 python evaluate.py --weights runs/demo --datasets shapes,digits --report report.html
+python evaluate.py --config vit_b32 --datasets paper27
 python evaluate.py --weights ViT-B/32 --datasets wds_flickr30k,folder:photos --tasks retrieval
 """
 
 import argparse
 import json
 import os
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +19,18 @@ import installed  # noqa: F401  (first: it says what to do where the requirement
 from clip_jax import cli
 from clip_jax.data.access import Access
 from clip_jax.errors import UserError
-from clip_jax.evaluation.datasets import accepted_names, evaluation_set
+from clip_jax.evaluation import prompts
+from clip_jax.evaluation.datasets import accepted_names, evaluation_set, expanded
+from clip_jax.evaluation.registry import paper_value
 from clip_jax.weights import available_models
 
 
-def main(argv: Sequence[str]) -> None:
-    """Parse the flags, load the model, measure it on each data set, write what was asked for."""
+def main(argv: Sequence[str]) -> int:
+    """Parse the flags, load the model, measure it on each data set, write what was asked for.
+
+    Returns:
+      0; or 1, if one of several data sets could not be evaluated.
+    """
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--weights",
@@ -37,19 +46,35 @@ def main(argv: Sequence[str]) -> None:
         help="of zeroshot, retrieval, linear_probe, few_shot (these two need a training split); default: zeroshot "
         "for a data set with named classes, retrieval for one with captions only",
     )
+    parser.add_argument(
+        "--class_names", metavar="FILE", help="what the prompts call the classes of the one data set, a name a line"
+    )
+    parser.add_argument(
+        "--templates", metavar="FILE_OR_TEXT", help="prompts in place of the data sets' own, as 'a photo of a {}.'"
+    )
     parser.add_argument("--output", metavar="FILE.json", help="write the results here, in CLIP_benchmark's format")
     parser.add_argument("--report", metavar="FILE.html", help="write a page with pictures here")
     flags, config = cli.parse(parser, argv, needs_config=False)
     weights = flags.weights or official_name(config)
-    names = names_in(flags.datasets) or (config.eval_datasets if config else ())
+    names = expanded(names_in(flags.datasets) or (config.eval_datasets if config else ()))
     if not names:
         raise UserError(f"expected --datasets A,B,C, each {accepted_names()}")
+    if flags.class_names and len(names) > 1:
+        raise UserError(f"--class_names names the classes of one data set, but --datasets has {len(names)}")
 
     from clip_jax.evaluation.tasks import chosen_tasks
 
     access = config.access if config else Access(offline=flags.offline)
-    datasets = [evaluation_set(name, access) for name in names]
-    jobs = [(task, dataset) for dataset in datasets for task in chosen_tasks(dataset, names_in(flags.tasks))]
+    class_names = prompts.lines_of(flags.class_names) if flags.class_names else ()
+    templates = prompts.templates_from(flags.templates) if flags.templates else ()
+    failed: list[str] = []
+    jobs = []
+    for name in names:
+        with tolerated(name, names, failed):
+            dataset = evaluation_set(name, access, class_names, templates)
+            jobs += [(task, dataset) for task in chosen_tasks(dataset, names_in(flags.tasks))]
+    if not jobs:
+        return 1
     for target in filter(None, (flags.output, flags.report)):
         make_parent(Path(target))
     if flags.report:
@@ -58,16 +83,47 @@ def main(argv: Sequence[str]) -> None:
 
         metrics = read_metrics(weights.removesuffix(BEST))  # before the evaluation: a damaged line must not cost it
     encoders, variables = load_encoders(weights, config)
-    results = [task.run(encoders, variables, dataset) for task, dataset in jobs]
-    for result in results:
-        print(f"{result.dataset.name}: " + ", ".join(f"{key} {value:.4g}" for key, value in result.metrics.items()))
+    checked = []
+    for task, dataset in jobs:
+        with tolerated(dataset.name, names, failed):
+            task.check(encoders, dataset)
+            checked.append((task, dataset))
+    results = []
+    for task, dataset in checked:
+        with tolerated(dataset.name, names, failed):
+            results.append(task.run(encoders, variables, dataset))
     model = config.name if config else weights
+    for result in results:
+        print(summary(result, model))
     if flags.output:
         rows = [benchmark_row(result, model, weights) for result in results]
         Path(flags.output).write_text(json.dumps(rows, indent=2, allow_nan=False) + "\n")
     if flags.report:
         write_report(flags.report, f"clip_jax: {model}", metrics, results)
         print(f"report: {flags.report}")
+    return 1 if failed else 0
+
+
+@contextmanager
+def tolerated(name: str, names: Sequence[str], failed: list[str]) -> Iterator[None]:
+    """Report what is wrong with one data set of several, so that the others still run."""
+    try:
+        yield
+    except UserError as error:
+        if len(names) == 1:
+            raise
+        failed.append(name)
+        print(f"error: {name}: {' '.join(str(error).split())}", file=sys.stderr)
+
+
+def summary(result: Any, model: str) -> str:
+    """One line on a result, with the paper's value where it has one."""
+    line = f"{result.dataset.name}: " + ", ".join(f"{key} {value:.4g}" for key, value in result.metrics.items())
+    expected = paper_value(model, result.dataset.name)
+    if expected is None or result.dataset.metric not in result.metrics:
+        return line
+    difference = result.metrics[result.dataset.metric] - expected
+    return f"{line}; the paper has {result.dataset.metric} {expected:.3f}, a difference of {difference:+.4f}"
 
 
 def names_in(text: str | None) -> list[str]:
@@ -123,14 +179,21 @@ def load_encoders(weights: str, config: Any) -> tuple[Any, Any]:
 
 
 def benchmark_row(result: Any, model: str, pretrained: str) -> dict[str, Any]:
-    """One object of the list that CLIP_benchmark's tools read."""
+    """One object of the list that CLIP_benchmark's tools read; for a classifier, what it was made of as well."""
+    dataset = result.dataset
+    classifier = {
+        "main_metric": dataset.metric,
+        "classes": len(dataset.class_names),
+        "templates": len(dataset.templates),
+    }
     return {
-        "dataset": result.dataset.name,
+        "dataset": dataset.name,
         "model": model,
         "pretrained": pretrained,
         "task": result.task,
         "language": "en",
         "metrics": result.metrics,
+        **(classifier if dataset.metric in result.metrics else {}),
     }
 
 

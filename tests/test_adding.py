@@ -7,7 +7,7 @@ from PIL import Image
 
 from clip_jax.data.example import Example
 from clip_jax.data.sources import SOURCES, SourceConfig
-from clip_jax.evaluation.datasets import EVALUATION_SETS, Entry
+from clip_jax.evaluation.registry import EVALUATION_SETS, Entry
 from clip_jax.losses import LOSSES, SOFTMAX
 from clip_jax.options import option
 from clip_jax.training import run as run_module

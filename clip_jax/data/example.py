@@ -15,13 +15,13 @@ class Example:
     Attributes:
       image: a file's content as stored, not yet looked into; or a picture, from sources that have no files.
       captions: texts that describe it; empty where the data set has only labels.
-      label: the number of its class, or None.
+      label: the number of its class, or those of several (which may be none); None where nothing is known.
       key: what the data set calls it: a file's name, a key of a shard, a row. Empty where it has no name.
     """
 
     image: bytes | Image.Image
     captions: tuple[str, ...] = ()
-    label: int | None = None
+    label: int | tuple[int, ...] | None = None
     key: str = ""
 
 

@@ -139,35 +139,49 @@ def _damage_of_sources(reader: TrainReader) -> Counter[str]:
     return total
 
 
-def evaluation_batches(source: Source, batch_size: int, preprocess: Preprocess) -> Iterator[Batch]:
+def evaluation_batches(source: Source, batch_size: int, preprocess: Preprocess, several_of: int = 0) -> Iterator[Batch]:
     """A data set once through, in its order, in batches of one size.
 
     Args:
       source: the data set.
       batch_size: the size of every batch; the last one is filled up.
       preprocess: resizes and crops the images as at inference.
+      several_of: the number of classes, if an image can belong to several.
 
     Returns:
-      an iterator of `image`, uint8 (batch_size, R, R, 3), `label`, int32 (batch_size,), -1 where there is none,
-      `captions`, a tuple of texts in each of (batch_size,) objects, and `mask`, bool (batch_size,), False for what
-      fills up the last batch.
+      an iterator of `image`, uint8 (batch_size, R, R, 3), `label`, int32 (batch_size,), -1 where there is none, or
+      bool (batch_size, several_of), `captions`, a tuple of texts in each of (batch_size,) objects, and `mask`, bool
+      (batch_size,), False for what fills up the last batch.
     """
     indices = np.arange(math.ceil(len(source) / batch_size) * batch_size)
 
     def read(indices: np.ndarray) -> Batch:
         side = preprocess.image_resolution
         images = np.zeros((len(indices), side, side, 3), np.uint8)
-        labels = np.full(len(indices), -1, np.int32)
+        labels = np.zeros((len(indices), several_of), bool) if several_of else np.full(len(indices), -1, np.int32)
         captions = np.full(len(indices), None)
         for row, index in enumerate(indices[indices < len(source)].tolist()):
             with naming(where(source, index)):
                 example = source[index]
                 images[row] = preprocess.resize_and_crop(open_image(example.image))
-                labels[row] = -1 if example.label is None else example.label
+                labels[row] = _several(example.label, several_of) if several_of else _single(example.label)
                 captions[row] = example.captions
         return {"image": images, "label": labels, "captions": captions, "mask": indices < len(source)}
 
     return _prefetched(read, indices.reshape(-1, batch_size))
+
+
+def _single(label: int | tuple[int, ...] | None) -> int:
+    if isinstance(label, tuple):
+        raise UserError(f"expected one class, got {len(label)}: the data set is judged by mean_average_precision")
+    return -1 if label is None else label
+
+
+def _several(label: int | tuple[int, ...] | None, classes: int) -> np.ndarray:
+    """Whether an example belongs to each of the classes."""
+    if not isinstance(label, tuple) or any(not 0 <= number < classes for number in label):
+        raise UserError(f"expected any number of classes from 0 to {classes - 1}, got {label!r:.80}")
+    return np.isin(np.arange(classes), label)
 
 
 def _prefetched(read: Callable[[np.ndarray], Batch], shares: Iterable[np.ndarray]) -> Iterator[Batch]:

@@ -96,7 +96,9 @@ def _captions(value: Any) -> tuple[str, ...]:
     return decoded_captions(text if isinstance(text, bytes | str) else str(text) for text in values)
 
 
-def _label(value: Any) -> int:
+def _label(value: Any) -> int | tuple[int, ...]:
+    if isinstance(value, tuple):
+        return value
     value = value[0] if isinstance(value, list) and value else value
     try:
         return int(value)

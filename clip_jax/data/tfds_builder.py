@@ -35,7 +35,7 @@ def open_builder(name: str, access: Access) -> tfds.core.DatasetBuilder:
       UnknownDataSet: TFDS knows no such data set, version or configuration.
       UserError: it is not prepared and may not be or cannot be; the message says what to do.
     """
-    if builder := _prepared(name, access.data_dir):
+    if builder := prepared(name, access.data_dir):
         return builder
     builder = _from_code(name, access.data_dir)
     if access.offline:
@@ -51,7 +51,7 @@ def open_builder(name: str, access: Access) -> tfds.core.DatasetBuilder:
         _gib(builder.info.dataset_size),
     )
     prepare(builder)
-    return _prepared(name, access.data_dir) or builder
+    return prepared(name, access.data_dir) or builder
 
 
 def prepare(builder: tfds.core.DatasetBuilder) -> None:
@@ -78,7 +78,7 @@ def preparation(name: str, data_dir: str) -> str:
     return f"python -c {shlex.quote(statement)}"
 
 
-def _prepared(name: str, data_dir: str) -> tfds.core.DatasetBuilder | None:
+def prepared(name: str, data_dir: str) -> tfds.core.DatasetBuilder | None:
     """What lies in the folder under that name, or None."""
     try:
         tfds.core.naming.parse_builder_name_kwargs(name, data_dir=data_dir)

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import tensorflow_datasets as tfds  # brings no TensorFlow along as long as nothing is prepared
 
 from clip_jax.data.checked import decoded_captions
@@ -67,7 +68,7 @@ class TfdsSource:
         return Example(
             _follow(record, self._image),
             decoded_captions(captions) if self._captions else (),
-            int(_follow(record, self._label)) if self._label else None,
+            _classes(_follow(record, self._label)) if self._label else None,
             record["key"].decode("utf-8", "replace") if self._has_key else "",
         )
 
@@ -116,6 +117,11 @@ def _find(features: dict[Path, Any], kind: type, wanted: str, name: str) -> Path
         known = ", ".join(sorted(of_kind)) or "none"
         raise UserError(f"{name} has no {kind.__name__} field {wanted!r}; its {kind.__name__} fields: {known}")
     return next((of_kind[field] for field in (wanted, *_USUAL_NAMES[kind]) if field in of_kind), None)
+
+
+def _classes(value: Any) -> int | tuple[int, ...]:
+    """One class, or in a sequence of labels each class once."""
+    return tuple(sorted({int(number) for number in value})) if np.ndim(value) else int(value)
 
 
 def _follow(record: Any, path: Path) -> Any:

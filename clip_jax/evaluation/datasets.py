@@ -1,22 +1,27 @@
-"""The data sets that a model can be judged on. A new one costs an entry in `EVALUATION_SETS`."""
+"""The data sets that a model can be judged on. A new one costs an entry in `registry.toml`."""
 
+import dataclasses
 import os
-import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from clip_jax.data.access import Access
 from clip_jax.data.example import Source
 from clip_jax.data.folder import DEFAULT_TEMPLATES, LabelledFolder
 from clip_jax.data.sources import SOURCES, source_config
+from clip_jax.data.wds import WdsSource, is_wds
 from clip_jax.errors import UserError
-from clip_jax.evaluation import wds
+from clip_jax.evaluation import collection, prompts
+from clip_jax.evaluation.registry import EVALUATION_SETS, SUITES, Entry
+
+SEVERAL_CLASSES = "mean_average_precision"  # the metric of images that can belong to several classes
 
 _USUAL_SPLITS = ("test", "validation")
-_WORDNET_ID = re.compile(r"n\d{8}")  # what ImageNet's classes are called in TFDS
+_SPLIT = "test"  # of the collection, which calls the split of each set so that its numbers are reported on
+_TRAIN = "train"
+_IMAGENET = "imagenet1k"
 
 
 @dataclass(frozen=True)
@@ -28,9 +33,10 @@ class EvaluationSet:
       source: the images.
       class_names: in the order of the labels; empty where there are none.
       templates: sentences around a class name, whose embeddings are averaged (paper section 3.1.4).
-      metric: what it is usually judged by, of `evaluation.metrics.METRICS`.
+      metric: what it is judged by, one of `evaluation.metrics.METRICS`.
       train: opens what a linear probe is fitted to, with the same classes; None where there is none.
       validation: opens what its regularisation is chosen by; None for a part of `train`.
+      occurring: how many of the classes have images, if not all; the others do not count.
     """
 
     name: str
@@ -40,93 +46,185 @@ class EvaluationSet:
     metric: str = "acc1"
     train: Callable[[], Source] | None = None
     validation: Callable[[], Source] | None = None
-
-
-@dataclass(frozen=True)
-class Entry:
-    """What the project knows of an evaluation set.
-
-    Attributes:
-      source: its kind and fields, as in the `data` of a configuration.
-      templates: see `EvaluationSet`.
-      class_names: in place of the source's own.
-      metric: see `EvaluationSet`.
-      train: kind and fields of the training split, for linear probes.
-    """
-
-    source: Mapping[str, Any]
-    templates: tuple[str, ...] = DEFAULT_TEMPLATES
-    class_names: tuple[str, ...] = ()
-    metric: str = "acc1"
-    train: Mapping[str, Any] | None = None
-
-
-_SHAPES = ("{}", "a photo of {}", "a picture of {}", "an image of {}", "there is {}", "a drawing of {}")
-_DIGITS = ("a photo of the digit {}", "a handwritten {}", "the number {}", "a picture of the number {}")
-
-EVALUATION_SETS: dict[str, Entry] = {
-    "shapes": Entry({"kind": "shapes", "split": "held_out"}, _SHAPES),  # the pairs never trained on
-    "shapes_seen": Entry({"kind": "shapes", "split": "validation"}, _SHAPES),  # new images of the others
-    "digits": Entry({"kind": "digits", "split": "test"}, _DIGITS, train={"kind": "digits", "split": "train"}),
-}
+    occurring: int = 0
 
 
 def accepted_names() -> str:
     """What `evaluation_set` opens, in words."""
     return (
-        f"one of {', '.join(EVALUATION_SETS)}, a folder with one sub-folder for each class, KIND:PATH as in "
-        f"tar:shards/*.tar (KIND of {', '.join(_kinds_with_path())}), a retrieval set of the clip-benchmark/wds_* "
-        "collection (its folder), or a TFDS data set (NAME or NAME/SPLIT)"
+        f"one of {', '.join((*SUITES, *EVALUATION_SETS))}, a folder with one sub-folder for each class or in the "
+        f"layout of clip-benchmark/wds_*, KIND:PATH as in tar:shards/*.tar (KIND of {', '.join(_kinds_with_path())}), "
+        "or a TFDS data set (NAME or NAME/SPLIT)"
     )
 
 
-def evaluation_set(name: str, access: Access = Access()) -> EvaluationSet:
+def expanded(names: Sequence[str]) -> list[str]:
+    """Names of data sets, with the members of a suite such as `paper27` in its place."""
+    return [member for name in names for member in SUITES.get(name, (name,))]
+
+
+def evaluation_set(
+    name: str, access: Access = Access(), class_names: Sequence[str] = (), templates: Sequence[str] = ()
+) -> EvaluationSet:
     """Open a data set to judge a model on.
 
     Args:
-      name: one of `EVALUATION_SETS`; a folder with one sub-folder for each class; KIND:PATH, the source of that kind in
-        a configuration's `data`, with captions; the folder of a retrieval set (`wds.open_retrieval`); or a TFDS data
-        set: NAME (its test split, or else its validation split) or NAME/SPLIT.
-      access: where TFDS keeps its data sets, and whether it may fetch missing ones.
+      name: one of `EVALUATION_SETS`; a folder with one sub-folder for each class, or in the layout of the collection
+        `clip-benchmark/wds_*` (its test split, or a split's folder); KIND:PATH, the source of that kind in a
+        configuration's `data`; or a TFDS data set: NAME (its test split, or else its validation split) or NAME/SPLIT.
+      access: where data sets are kept, and whether missing ones may be fetched.
+      class_names: in place of its own, in the order of its labels.
+      templates: in place of its own.
 
     Raises:
-      UserError: there is no such data set, or a part of it is damaged.
+      UserError: there is no such data set, a part of it is damaged, or its classes have no names or another number.
     """
     entry = EVALUATION_SETS.get(name)
-    if entry is not None:
+    opened = _open_unlisted(name, access) if entry is None else _open_entry(name, entry, access)
+    source, labels = opened.source, opened.class_names
+    if damage := getattr(source, "damage", ()):  # without a part of the data, the score would be another one
+        raise UserError(f"{source.name} is damaged, {len(damage)} times; first: {damage[0]}")
+    entry = entry or Entry(metric=SEVERAL_CLASSES if getattr(source, "type", "") == "multilabel" else "acc1")
+    if class_names and labels and len(class_names) != len(labels):
+        raise UserError(f"{name} has {len(labels)} classes, but --class_names names {len(class_names)}")
+    names = tuple(class_names) or _class_names(source, entry, labels)
+    if templates:
+        sentences = tuple(templates)
+    elif own := getattr(source, "templates", ()):
+        sentences = prompts.checked_templates(own, source.name)
+    else:
+        sentences = prompts.templates_of(entry)
+    return dataclasses.replace(
+        opened,
+        class_names=names,
+        templates=sentences,
+        metric=entry.metric,
+        occurring=_occurring(source, entry, names),
+    )
+
+
+def _class_names(source: Source, entry: Entry, labels: tuple[str, ...]) -> tuple[str, ...]:
+    """What the prompts call the classes."""
+    if entry.source:  # the names of the entry were written for the labels of this very source
+        return entry.class_names or labels
+    if isinstance(source, WdsSource) or not labels:
+        return labels
+    if prompts.are_synsets(labels):
+        return prompts.class_names_of(Entry(class_names=_IMAGENET), labels, source.name)
+    named = entry.class_names or entry.renamed
+    if not named and prompts.look_like_ids(labels):
+        raise UserError(
+            f"the classes of {source.name} are called {labels[0]!r}, {labels[-1]!r} and so on, which no caption says: "
+            "name them with --class_names FILE"
+        )
+    return prompts.class_names_of(entry, labels, source.name) if entry.classes else labels
+
+
+def _occurring(source: Source, entry: Entry, names: tuple[str, ...]) -> int:
+    """How many classes have images, if the data set has labels for more; whatever else differs is an error."""
+    if not entry.classes or len(names) == entry.classes:
+        return 0
+    if entry.class_names == _IMAGENET and len(names) == len(prompts.imagenet_synsets()):
+        return entry.classes
+    raise UserError(f"{source.name}: expected the names of {entry.classes} classes, got {len(names)}")
+
+
+def _open_entry(name: str, entry: Entry, access: Access) -> EvaluationSet:
+    """What lies here first, then what can be fetched; with the labels in place of names for the classes."""
+    if entry.source:
         source = source_config(name, entry.source).open(access)
-        class_names = entry.class_names or source.class_names
-        train = entry.train and partial(source_config(name, entry.train).open, access)
-        return EvaluationSet(name, source, class_names, entry.templates, entry.metric, train)
-    dataset = _open(name, access)
-    if damage := getattr(dataset.source, "damage", ()):  # without its part of the data, the score would be another one
-        raise UserError(f"{name} is damaged, {len(damage)} times; first: {damage[0]}")
-    return dataset
+        train = None if not entry.train else partial(source_config(name, entry.train).open, access)
+        return EvaluationSet(name, source, source.class_names, train=train)
+    root = access.data_dir or os.environ.get("TFDS_DATA_DIR") or os.path.expanduser("~/tensorflow_datasets")
+    wds, folder = os.path.join(root, collection.folder_name(entry.wds)), os.path.join(root, f"folder_{name}")
+    if entry.wds and is_wds(wds, _SPLIT):
+        return _open_wds(name, wds, _SPLIT)
+    if entry.classes and os.path.isdir(folder):
+        return _open_folder(name, folder)
+    if entry.tfds and _is_prepared(entry, access):
+        return _open_tfds(name, entry, access)
+    failures = []
+    if entry.wds:
+        try:
+            fetched = collection.fetch(entry.wds, _SPLIT, access)
+        except UserError as error:
+            failures.append(str(error))
+        else:
+            source = WdsSource(fetched, _SPLIT)
+            return EvaluationSet(name, source, source.class_names, train=partial(_open_training, entry.wds, access))
+    if entry.tfds:
+        try:
+            return _open_tfds(name, entry, access)
+        except UserError as error:
+            failures.append(str(error))
+    obtain = f": nobody distributes it; {entry.obtain}" if entry.obtain else ""
+    places = [f"{wds}/{_SPLIT}/0.tar and so on"] * bool(entry.wds) + [f"{folder}/CLASS/IMAGE"] * bool(entry.classes)
+    reasons = "; ".join([f"expected {' or '.join(places)}", *failures])
+    raise UserError(f"{name} is not here{obtain}: {reasons}")
 
 
-def _open(name: str, access: Access) -> EvaluationSet:
-    kind, _, path = name.partition(":")
-    if kind in _kinds_with_path():
-        source = source_config(kind, {"path": path}).open(access)
-        return EvaluationSet(name, source, getattr(source, "class_names", ()))
-    if not (os.path.isdir(name) or name.startswith((".", os.sep))):
-        return _open_tfds(name, access)
-    retrieval = wds.open_retrieval(name)
-    return _open_folder(name) if retrieval is None else EvaluationSet(name, retrieval)
+def _open_wds(name: str, root: str, split: str) -> EvaluationSet:
+    source = WdsSource(root, split)
+    has_train = split != _TRAIN and is_wds(root, _TRAIN)
+    return EvaluationSet(
+        name, source, source.class_names, train=partial(WdsSource, root, _TRAIN) if has_train else None
+    )
+
+
+def _open_training(name: str, access: Access) -> WdsSource:
+    """The training split of a data set of the collection, fetched only when somebody wants it."""
+    return WdsSource(collection.fetch(name, _TRAIN, access), _TRAIN)
+
+
+def _open_folder(name: str, path: str) -> EvaluationSet:
+    """Class folders; those in a folder `train` beside theirs, if there is one, are for training."""
+    source, train = LabelledFolder(path), Path(path).resolve().parent / _TRAIN
+    opens = partial(LabelledFolder, str(train)) if train.is_dir() and train != Path(path).resolve() else None
+    return EvaluationSet(name, source, source.class_names, train=opens)
+
+
+def _is_prepared(entry: Entry, access: Access) -> bool:
+    from clip_jax.data import tfds_builder  # imports TFDS
+
+    return tfds_builder.prepared(entry.tfds["name"], access.data_dir) is not None
+
+
+def _open_tfds(name: str, entry: Entry, access: Access) -> EvaluationSet:
+    from clip_jax.data import tfds_builder, tfds_source  # import TFDS
+
+    builder = tfds_builder.open_builder(entry.tfds["name"], access)
+    opens = partial(tfds_source.TfdsSource, builder, label_field=entry.tfds.get("label_field", ""))
+    splits = {other: other for other in _other_splits(entry.tfds["split"], builder.info.splits)}
+    if entry.train:
+        splits = {_TRAIN: entry.train["split"]}
+    source = opens(entry.tfds["split"])
+    return EvaluationSet(
+        name, source, source.class_names, **{part: partial(opens, split) for part, split in splits.items()}
+    )
+
+
+def _other_splits(split: str, splits: Iterable[str]) -> list[str]:
+    return [other for other in (_TRAIN, "validation") if other != split.partition("[")[0] and other in splits]
 
 
 def _kinds_with_path() -> list[str]:
     return [kind for kind, config in SOURCES.items() if any(field.name == "path" for field in fields(config))]
 
 
-def _open_folder(path: str) -> EvaluationSet:
-    """Class folders; those in a folder `train` beside theirs, if there is one, are for training."""
-    source, train = LabelledFolder(path), Path(path).resolve().parent / "train"
-    opens = partial(LabelledFolder, str(train)) if train.is_dir() and train != Path(path).resolve() else None
-    return EvaluationSet(path, source, source.class_names, train=opens)
+def _open_unlisted(name: str, access: Access) -> EvaluationSet:
+    kind, _, path = name.partition(":")
+    if kind in _kinds_with_path():
+        source = source_config(kind, {"path": path}).open(access)
+        return EvaluationSet(name, source, getattr(source, "class_names", ()))
+    if not (os.path.isdir(name) or "://" in name or name.startswith((".", os.sep))):
+        return _open_any_tfds(name, access)
+    root, split = os.path.split(name.rstrip("/"))
+    if is_wds(root, split):
+        return _open_wds(name, root, split)
+    return _open_wds(name, name, _SPLIT) if is_wds(name, _SPLIT) else _open_folder(name, name)
 
 
-def _open_tfds(name: str, access: Access) -> EvaluationSet:
+def _open_any_tfds(name: str, access: Access) -> EvaluationSet:
     """NAME or NAME/SPLIT, where NAME may hold slashes itself."""
     from clip_jax.data import tfds_builder, tfds_source  # import TFDS
 
@@ -140,12 +238,7 @@ def _open_tfds(name: str, access: Access) -> EvaluationSet:
         except tfds_builder.UnknownDataSet as error:
             raise UserError(f"unknown evaluation set {name!r}: expected {accepted_names()}; {error}") from error
     source = tfds_source.TfdsSource(builder, split)
-    if source.class_names and all(_WORDNET_ID.fullmatch(name) for name in source.class_names):
-        raise UserError(
-            f"the classes of {source.name} are called {source.class_names[0]} and so on, which no caption says; "
-            "it needs an entry with class_names in EVALUATION_SETS"
-        )
-    others = [other for other in ("train", "validation") if other != split and other in builder.info.splits]
+    others = _other_splits(split, builder.info.splits)
     return EvaluationSet(
         name,
         source,

@@ -11,7 +11,7 @@ from clip_jax.evaluation.datasets import EvaluationSet
 from clip_jax.evaluation.few_shot import few_shot
 from clip_jax.evaluation.linear_probe import linear_probe
 from clip_jax.evaluation.retrieval import zero_shot_retrieval
-from clip_jax.evaluation.zero_shot import Encoders, Variables, zero_shot
+from clip_jax.evaluation.zero_shot import Encoders, Variables, check_prompts, zero_shot
 
 
 class Result(Protocol):
@@ -39,11 +39,13 @@ class Task:
       run: encodes a data set.
       needs: what a data set must have for it, in words.
       suits: whether a data set has it.
+      check: refuses, before anything is computed, what `run` would refuse of the texts.
     """
 
     run: Callable[[Encoders, Variables, EvaluationSet], Result]
     needs: str
     suits: Callable[[EvaluationSet], bool]
+    check: Callable[[Encoders, EvaluationSet], None] = lambda encoders, dataset: None
 
 
 def _has_training_split(dataset: EvaluationSet) -> bool:
@@ -52,7 +54,7 @@ def _has_training_split(dataset: EvaluationSet) -> bool:
 
 TASKS: Mapping[str, Task] = MappingProxyType(
     {
-        "zeroshot": Task(zero_shot, "named classes", lambda dataset: bool(dataset.class_names)),
+        "zeroshot": Task(zero_shot, "named classes", lambda dataset: bool(dataset.class_names), check_prompts),
         "retrieval": Task(zero_shot_retrieval, "captions", lambda dataset: bool(dataset.source[0].captions)),
         "linear_probe": Task(linear_probe, "training split with named classes", _has_training_split),
         "few_shot": Task(few_shot, "training split with named classes", _has_training_split),

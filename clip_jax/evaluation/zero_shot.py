@@ -1,5 +1,7 @@
 """Zero-shot classification: a classifier made of class names (paper section 3.1)."""
 
+import dataclasses
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -8,18 +10,21 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, Num
+from jaxtyping import Array, Bool, Float, Int, Num
 from tqdm import tqdm
 
 from clip_jax.data.pipeline import evaluation_batches
-from clip_jax.evaluation.datasets import EvaluationSet
-from clip_jax.evaluation.metrics import check_scores, classification_metrics
+from clip_jax.errors import UserError
+from clip_jax.evaluation.datasets import SEVERAL_CLASSES, EvaluationSet
+from clip_jax.evaluation.metrics import check_finite, check_scores, classification_metrics
+from clip_jax.evaluation.prompts import prompt
 from clip_jax.models import CLIP, normalize
 from clip_jax.parallel import Partitioner
 from clip_jax.precision import at_least_float32
 from clip_jax.processing import Preprocess, Tokenizer, make_tokenizer
 
 BATCH_SIZE = 256  # over all devices
+MOST_PROMPTS = 2**19  # class names times templates; ImageNet has 80,000
 Variables = Mapping[str, Any]
 Encode = Callable[[Variables, Num[np.ndarray, "n ..."]], Float[np.ndarray, "n embed_dim"]]
 
@@ -30,17 +35,20 @@ class ZeroShotResult:
 
     Attributes:
       dataset: what was classified.
-      scores: cosine similarities of images and classes.
-      labels: the true classes.
+      scores: cosine similarities of images and classes; probabilities where an image can belong to several classes.
+      labels: the true classes; or, of every class, whether an image belongs to it.
     """
 
     dataset: EvaluationSet
     scores: Float[np.ndarray, "n classes"]
-    labels: Int[np.ndarray, "n"]
+    labels: Int[np.ndarray, "n"] | Bool[np.ndarray, "n classes"]
     task: ClassVar[str] = "zeroshot_classification"  # as CLIP_benchmark calls it
 
     def __post_init__(self):
-        check_scores(self.scores, self.labels, self.dataset.name)
+        if self.labels.ndim == 1:
+            check_scores(self.scores, self.labels, self.dataset.name)
+        else:
+            check_finite(self.scores, self.dataset.name)
 
     @property
     def metrics(self) -> dict[str, float]:
@@ -116,6 +124,40 @@ def _in_batches(encode: Callable[[Variables, Array], Array], partitioner: Partit
     return run
 
 
+def prompt_tokens(
+    encoders: Encoders, class_names: Sequence[str], templates: Sequence[str]
+) -> Int[np.ndarray, "prompts context_length"]:
+    """The tokens of every template with every class name, class by class.
+
+    Raises:
+      UserError: a prompt is longer than the model's context.
+    """
+    return _prompt_tokens(encoders.tokenizer, tuple(class_names), tuple(templates))
+
+
+@functools.lru_cache(maxsize=32)  # they are checked first and used later, and by every evaluation of a training run
+def _prompt_tokens(
+    tokenizer: Tokenizer, class_names: tuple[str, ...], templates: tuple[str, ...]
+) -> Int[np.ndarray, "prompts context_length"]:
+    return tokenizer([prompt(template, name) for name in class_names for template in templates])
+
+
+def check_prompts(encoders: Encoders, dataset: EvaluationSet) -> None:
+    """Refuse, before anything is computed, what `zero_shot` would refuse in the middle of it.
+
+    Raises:
+      UserError: the classes have no names, or a prompt is longer than the model's context.
+    """
+    if not dataset.class_names:
+        raise UserError(f"{dataset.name} has no named classes, which zero-shot classification needs")
+    if (count := len(dataset.class_names) * len(dataset.templates)) > MOST_PROMPTS:
+        raise UserError(f"{dataset.name} has {count:,} prompts, expected at most {MOST_PROMPTS:,}: leave out templates")
+    try:
+        prompt_tokens(encoders, dataset.class_names, dataset.templates)
+    except ValueError as error:
+        raise UserError(f"{dataset.name}: {error}") from error
+
+
 def zero_shot_classifier(
     encoders: Encoders, variables: Variables, class_names: Sequence[str], templates: Sequence[str]
 ) -> Float[np.ndarray, "classes embed_dim"]:
@@ -124,8 +166,7 @@ def zero_shot_classifier(
     Raises:
       UserError: a prompt is longer than the model's context.
     """
-    prompts = [template.format(name) for name in class_names for template in templates]
-    features = encoders.encode_tokens(variables, encoders.tokenizer(prompts))
+    features = encoders.encode_tokens(variables, prompt_tokens(encoders, class_names, templates))
     means = features.reshape(len(class_names), len(templates), -1).mean(axis=1)
     return np.asarray(normalize(jnp.asarray(means)))
 
@@ -144,11 +185,33 @@ def zero_shot(
     Raises:
       UserError: a prompt that does not fit, an image that cannot be read, a missing label, scores that are not finite.
     """
+    check_prompts(encoders, dataset)
     classifier = zero_shot_classifier(encoders, variables, dataset.class_names, dataset.templates)
+    several = len(dataset.class_names) if dataset.metric == SEVERAL_CLASSES else 0
     scores, labels = [], []
-    batches = evaluation_batches(dataset.source, BATCH_SIZE, encoders.preprocess)
+    batches = evaluation_batches(dataset.source, BATCH_SIZE, encoders.preprocess, several)
     total = math.ceil(len(dataset.source) / BATCH_SIZE)
     for batch in tqdm(batches, desc=dataset.name, total=total, unit="batch", disable=not progress):
         scores.append((encoders.encode_images(variables, batch["image"]) @ classifier.T)[batch["mask"]])
         labels.append(batch["label"][batch["mask"]])
-    return ZeroShotResult(dataset, np.concatenate(scores), np.concatenate(labels))
+    cosines, classes = np.concatenate(scores), np.concatenate(labels)
+    if several:  # images are compared within a class: by probabilities (github.com/openai/CLIP/issues/153)
+        scale = np.exp(np.asarray(variables["params"]["logit_scale"]))
+        return ZeroShotResult(dataset, np.asarray(jax.nn.softmax(scale * cosines, axis=-1)), classes)
+    return _of_occurring(ZeroShotResult(dataset, cosines, classes))
+
+
+def _of_occurring(result: ZeroShotResult) -> ZeroShotResult:
+    """The result among the classes that have images, where the data set says that not all do."""
+    expected = result.dataset.occurring
+    if not expected:
+        return result
+    present, labels = np.unique(result.labels, return_inverse=True)
+    if len(present) != expected:
+        raise UserError(
+            f"{result.dataset.name}: expected images of {expected} classes, got images of {len(present)}: "
+            "is the split whole?"
+        )
+    names = tuple(result.dataset.class_names[number] for number in present.tolist())
+    dataset = dataclasses.replace(result.dataset, class_names=names, occurring=0)
+    return ZeroShotResult(dataset, result.scores[:, present], labels)

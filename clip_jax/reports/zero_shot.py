@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from clip_jax.evaluation.few_shot import FewShotResult
 from clip_jax.evaluation.linear_probe import LinearProbeResult
 from clip_jax.evaluation.metrics import confusion_matrix
+from clip_jax.evaluation.prompts import prompt
 from clip_jax.evaluation.retrieval import RetrievalResult
 from clip_jax.evaluation.zero_shot import ZeroShotResult
 from clip_jax.processing.images import open_image
@@ -68,14 +69,15 @@ def _metric_names(results: Sequence[AnyResult]) -> list[str]:
 def _section(result: ZeroShotResult) -> dict[str, Any]:
     """What the template shows of one data set."""
     classes = len(result.dataset.class_names)
+    single = result.labels.ndim == 1  # pictures with one class each
     return {
         "name": result.dataset.name,
         "images": len(result.labels),
         "classes": classes,
         "metrics": result.metrics,
-        "samples": _samples(result),
-        "similarity": _similarity(result),
-        "confusion": _confusion(result) if classes <= MOST_CLASSES else None,
+        "samples": _samples(result) if single else [],
+        "similarity": _similarity(result) if single else None,
+        "confusion": _confusion(result) if single and classes <= MOST_CLASSES else None,
     }
 
 
@@ -143,7 +145,7 @@ def _confusion(result: ZeroShotResult) -> str:
 
 def _text(result: ZeroShotResult, label: int | np.integer) -> str:
     """The first prompt of a class."""
-    return result.dataset.templates[0].format(result.dataset.class_names[label])
+    return prompt(result.dataset.templates[0], result.dataset.class_names[label])
 
 
 def _spread(indices: Int[np.ndarray, "n"], count: int) -> Int[np.ndarray, "m"]:

@@ -2,7 +2,8 @@
 
 import logging
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from clip_jax.errors import UserError
@@ -13,7 +14,7 @@ logger = logging.getLogger(__name__)
 
 _PREFIX = "hf-hub:"
 _NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
-_SECONDS = 10.0  # to wait for the hub's answer, before the cache has to do
+SECONDS = 10.0  # to wait for the hub's answer, before the cache has to do
 # A configuration, and the files of weights that may go with it, the best first.
 _LAYOUTS = ((open_clip.CONFIG_FILE, open_clip.WEIGHT_FILES), ("config.json", huggingface.WEIGHT_FILES))
 _MODEL_FOLDER = f"{DESCRIPTION}/{DESCRIPTION_FILE}"
@@ -44,37 +45,68 @@ def fetch(source: str) -> Path:
     Raises:
       UserError: the hub has no such model, or cannot be reached and the cache does not hold it.
     """
+    name = source.removeprefix(_PREFIX)
     try:
-        import huggingface_hub
+        with answers(source, "model"):
+            import huggingface_hub
+
+            info = huggingface_hub.HfApi().model_info(name, timeout=SECONDS)
+            return _download(name, {file.rfilename for file in info.siblings or ()})
+    except NoAnswer as error:
+        if (folder := _cached(name)) is not None:
+            logger.warning("%s: %s is taken from its cache", error.reason, name)
+            return folder
+        raise
+
+
+class NoAnswer(UserError):
+    """The hub did not answer.
+
+    Attributes:
+      reason: why.
+    """
+
+    def __init__(self, source: str, kind: str, reason: str):
+        self.reason = f"the hub cannot be asked ({reason})"
+        super().__init__(
+            f"{source!r} is no file or folder here, nor in the cache of {kind}s from the hub, and the hub cannot "
+            f"be asked: {reason}"
+        )
+
+
+@contextmanager
+def answers(source: str, kind: str) -> Iterator[None]:
+    """Say what an exception of the hub means.
+
+    Args:
+      source: what was asked for, as the user wrote it.
+      kind: "model" or "data set".
+
+    Raises:
+      NoAnswer: nothing came.
+      UserError: the hub has no such thing, does not give it to this user, or its library is missing.
+    """
+    try:
         from huggingface_hub import errors
     except ImportError as error:
         raise UserError(
             f"{source!r} is no file or folder here; to look for it on the hub: pip install huggingface_hub"
         ) from error
-    name = source.removeprefix(_PREFIX)
     try:
-        info = huggingface_hub.HfApi().model_info(name, timeout=_SECONDS)
-        return _download(name, {file.rfilename for file in info.siblings or ()})
+        yield
     except UserError:
         raise
     except errors.GatedRepoError as error:
         raise UserError(
-            f"the hub gives {name} only to those who accepted its terms on its page; then set HF_TOKEN"
+            f"the hub gives {source} only to those who accepted its terms on its page; then set HF_TOKEN"
         ) from error
     except (errors.RepositoryNotFoundError, errors.HFValidationError) as error:
         raise UserError(
-            f"{source!r} is no file or folder here, and the hub has no such model (or it is private)"
+            f"{source!r} is no file or folder here, and the hub has no such {kind} (or it is private)"
         ) from error
     except Exception as error:
         # Its own errors, its HTTP library's (which differs by version) and the system's: all mean that nothing came.
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        if (folder := _cached(name)) is not None:
-            logger.warning("the hub cannot be asked (%s): %s is taken from its cache", reason, name)
-            return folder
-        raise UserError(
-            f"{source!r} is no file or folder here, nor in the cache of models from the hub, and the hub cannot "
-            f"be asked: {reason}"
-        ) from error
+        raise NoAnswer(source, kind, " ".join(str(error).split())[:200] or type(error).__name__) from error
 
 
 def _download(name: str, available: Collection[str]) -> Path:

@@ -237,7 +237,7 @@ def test_the_whole_way_against_openais_model(wds, reference, tmp_path, capsys):
         "dataset": str(wds), "model": path, "pretrained": path, "task": "zeroshot_retrieval", "language": "en",
         "metrics": result.metrics,
     }  # fmt: skip
-    assert f"image_retrieval_recall@5 {expected['image_retrieval_recall@5']:.4f}" in capsys.readouterr().out
+    assert f"image_retrieval_recall@5 {expected['image_retrieval_recall@5']:.4g}" in capsys.readouterr().out
     page = report.read_text()
     assert "Zero-shot:" not in page and f"<td>{len(CAPTIONS)}</td><td>{len(texts)}</td>" in page
     assert f"<td>{expected['text_retrieval_recall@10']:.1%}</td>" in page
@@ -268,7 +268,7 @@ def test_a_missing_shard_is_an_error(wds, tmp_path):
     (tmp_path / "test").mkdir()
     (tmp_path / "test" / "0.tar").write_bytes((wds / "test" / "0.tar").read_bytes())
     (tmp_path / "test" / "nshards.txt").write_text("2")
-    with pytest.raises(UserError, match=r"should hold 2 shards, as its nshards.txt says, but has 1"):
+    with pytest.raises(UserError, match=r"test/1.tar cannot be opened: No such file"):
         evaluation_set(str(tmp_path))
 
 

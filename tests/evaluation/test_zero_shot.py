@@ -9,7 +9,8 @@ from PIL import Image
 
 from clip_jax.data.example import Example
 from clip_jax.errors import UserError
-from clip_jax.evaluation.datasets import EVALUATION_SETS, Entry, EvaluationSet, evaluation_set
+from clip_jax.evaluation.datasets import EvaluationSet, evaluation_set
+from clip_jax.evaluation.registry import EVALUATION_SETS, Entry
 from clip_jax.evaluation.zero_shot import ZeroShotResult, make_encoders, zero_shot, zero_shot_classifier
 from clip_jax.models import CLIP, CLIPConfig, TextConfig
 from clip_jax.parallel import MeshConfig, make_partitioner
@@ -91,6 +92,12 @@ def test_a_class_name_that_does_not_fit_is_refused():
         zero_shot_classifier(encoders(1), variables(), ["word " * 30], TEMPLATES)
 
 
+def test_more_prompts_than_anybody_has_are_refused():
+    dataset = EvaluationSet("pictures", Pictures(), ("cat",) * 2**10, ("a {}",) * (2**9 + 1))
+    with pytest.raises(UserError, match="pictures has 525,312 prompts, expected at most 524,288"):
+        zero_shot(encoders(1), variables(), dataset, progress=False)
+
+
 @pytest.mark.parametrize("tower", ["visual", "text"])
 def test_weights_that_are_nan_score_nothing(tower):
     params = variables()["params"]
@@ -146,3 +153,45 @@ def test_the_rules_of_the_config_reach_the_towers(monkeypatch):
         features[rule] = make_encoders(CLIP(CONFIG), partitioner).encode_images(variables(), images)
         assert seen == {rule}
     np.testing.assert_allclose(features[None], features["tensor"], atol=1e-6)
+
+
+class ManyClasses(Pictures):
+    """Each picture belongs to some of three classes, one to none."""
+
+    def __getitem__(self, index):
+        classes = tuple(number for number in range(3) if index >> number & 1)
+        return dataclasses.replace(super().__getitem__(index), label=classes)
+
+
+def test_pictures_of_several_classes_are_ranked_by_probabilities():
+    dataset = EvaluationSet("pictures", ManyClasses(), CLASSES, TEMPLATES, metric="mean_average_precision")
+    result = zero_shot(encoders(1), variables(), dataset, progress=False)
+    cosines = zero_shot(encoders(1), variables(), PICTURES, progress=False).scores.astype(np.float64)
+    logits = np.exp(float(variables()["params"]["logit_scale"])) * cosines
+    shares = np.exp(logits - logits.max(axis=1, keepdims=True))
+    np.testing.assert_allclose(result.scores, shares / shares.sum(axis=1, keepdims=True), atol=1e-5)
+    np.testing.assert_array_equal(result.labels, np.arange(10)[:, None] >> np.arange(3) & 1)
+    assert list(result.metrics) == ["mean_average_precision"]
+    for labels in (Pictures(), ManyClasses()):
+        wrong = dataclasses.replace(dataset, source=labels, class_names=CLASSES[:2])
+        with pytest.raises(UserError, match="expected any number of classes from 0 to 1, got"):
+            zero_shot(encoders(1), variables(), wrong, progress=False)
+    with pytest.raises(UserError, match="expected one class, got"):
+        zero_shot(encoders(1), variables(), dataclasses.replace(dataset, metric="acc1"), progress=False)
+
+
+def test_classes_without_images_do_not_count_where_the_set_says_so():
+    names = ("wolf", "cat", "dog & <bone>", "tree", "bird")
+
+    class Sparse(Pictures):
+        def __getitem__(self, index):
+            return dataclasses.replace(super().__getitem__(index), label=(1, 2, 4)[index % 3])
+
+    dataset = EvaluationSet("pictures", Sparse(), names, TEMPLATES, occurring=3)
+    expected = zero_shot(encoders(1), variables(), PICTURES, progress=False)
+    result = zero_shot(encoders(1), variables(), dataset, progress=False)
+    assert result.dataset.class_names == CLASSES and result.metrics == expected.metrics
+    np.testing.assert_array_equal(result.labels, expected.labels)
+    np.testing.assert_allclose(result.scores, expected.scores, atol=1e-6)
+    with pytest.raises(UserError, match="expected images of 4 classes, got images of 3: is the split whole"):
+        zero_shot(encoders(1), variables(), dataclasses.replace(dataset, occurring=4), progress=False)
