@@ -7,7 +7,8 @@ the paper (the shorter side resized, a square from anywhere), and tokens. The lo
 `webdataset` (pip install --no-deps webdataset), Pillow, PyTorch and OpenAI's tokenizer; tf.data reads TFRecords with
 TensorFlow's own decoder and resizing, and this project's tokenizer in the graph. Every contestant has a process of its
 own on one core and takes turns with the others; what counts is the CPU time of all its threads, so that a busy machine
-changes little, in the median of the rounds. `raw` decodes and resizes with Pillow, images in memory, in the fastest way found.
+changes little, in the median of the rounds. `raw` decodes and resizes with Pillow, images in memory, in the fastest way
+found.
 """
 
 import argparse

@@ -64,7 +64,7 @@ def parse(
         "--help_config", action=_HelpConfig, nargs=0, help="print every field of a config, with its default"
     )
     parser.add_argument(
-        "--offline", action="store_true", help="refuse TFDS data sets that are not prepared; TFDS would fetch them"
+        "--offline", action="store_true", help="fetch no data: a data set that is not here is refused"
     )
     flags, rest = parser.parse_known_args(argv)
     overrides = assignments(rest, parser, "config")
