@@ -4,6 +4,7 @@ python evaluate.py --config vit_b32 --datasets imagenet_v2 --output results.json
 python evaluate.py --weights runs/demo --datasets shapes,digits --report report.html
 python evaluate.py --config vit_b32 --datasets paper27
 python evaluate.py --weights ViT-B/32 --datasets wds_flickr30k,folder:photos --tasks retrieval
+python evaluate.py --weights ViT-B/32 --images a.jpg b.jpg --labels "a cup,not a cup"
 """
 
 import argparse
@@ -26,11 +27,7 @@ from clip_jax.weights import available_models
 
 
 def main(argv: Sequence[str]) -> int:
-    """Parse the flags, load the model, measure it on each data set, write what was asked for.
-
-    Returns:
-      0; or 1, if one of several data sets could not be evaluated.
-    """
+    """Parse the flags, then evaluate data sets or classify images; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--weights",
@@ -54,8 +51,41 @@ def main(argv: Sequence[str]) -> int:
     )
     parser.add_argument("--output", metavar="FILE.json", help="write the results here, in CLIP_benchmark's format")
     parser.add_argument("--report", metavar="FILE.html", help="write a page with pictures here")
+    parser.add_argument(
+        "--images", metavar="FILE", nargs="+", help="instead of data sets: say which of --labels fit these images"
+    )
+    parser.add_argument("--labels", metavar="A,B,C", help="texts to compare --images with, as 'a cup,not a cup'")
     flags, config = cli.parse(parser, argv, needs_config=False)
     weights = flags.weights or official_name(config)
+    if flags.images or flags.labels:
+        classify_images(flags, config, weights)
+        return 0
+    return evaluate(flags, config, weights)
+
+
+def classify_images(flags: argparse.Namespace, config: Any, weights: str) -> None:
+    """Print the probabilities of the labels for each image."""
+    from clip_jax.evaluation.classify import check_labels, classify
+
+    labels = names_in(flags.labels)
+    if not flags.images or flags.datasets:
+        raise UserError("--labels goes with --images FILE ..., and neither with --datasets")
+    check_labels(labels)
+    if flags.report:
+        make_parent(Path(flags.report))
+    encoders, variables = load_encoders(weights, config)
+    result = classify(encoders, variables, flags.images, labels)
+    for number, image in enumerate(result.images):
+        print(f"{image}: " + ", ".join(f"{label} {100 * value:.1f}%" for label, value in result.best(number)))
+    if flags.report:
+        from clip_jax.reports.classify import write_classification
+
+        write_classification(flags.report, f"clip_jax: {config.name if config else weights}", result)
+        print(f"report: {flags.report}")
+
+
+def evaluate(flags: argparse.Namespace, config: Any, weights: str) -> int:
+    """Measure the model on each data set; returns 1 if one of several could not be evaluated, else 0."""
     names = expanded(names_in(flags.datasets) or (config.eval_datasets if config else ()))
     if not names:
         raise UserError(f"expected --datasets A,B,C, each {accepted_names()}")

@@ -63,9 +63,7 @@ def parse(
     parser.add_argument(
         "--help_config", action=_HelpConfig, nargs=0, help="print every field of a config, with its default"
     )
-    parser.add_argument(
-        "--offline", action="store_true", help="fetch no data: a data set that is not here is refused"
-    )
+    parser.add_argument("--offline", action="store_true", help="fetch no data: a data set that is not here is refused")
     flags, rest = parser.parse_known_args(argv)
     overrides = assignments(rest, parser, "config")
     if flags.offline and flags.config is not None:

@@ -109,10 +109,12 @@ def make_encoders(model: CLIP, partitioner: Partitioner) -> Encoders:
 def _in_batches(encode: Callable[[Variables, Array], Array], partitioner: Partitioner) -> Encode:
     """`encode`, jitted, for any number of rows: they are cut into batches, the last one filled up with zeros."""
     jitted = partitioner.jit(encode, out_shardings=partitioner.replicated)
-    size = math.ceil(BATCH_SIZE / partitioner.batch_shards) * partitioner.batch_shards
+    shards = partitioner.batch_shards
 
     def run(variables: Variables, rows: np.ndarray) -> np.ndarray:
         features = []
+        wanted = min(BATCH_SIZE, 2 ** (len(rows) - 1).bit_length())  # few rows fill a smaller batch, of few sizes
+        size = math.ceil(wanted / shards) * shards
         for start in range(0, len(rows), size):
             batch = np.zeros((size, *rows.shape[1:]), rows.dtype)
             filled = len(rows[start : start + size])
