@@ -19,6 +19,11 @@ def on_tpu_host() -> bool:
     return importlib.util.find_spec("libtpu") is not None and devices
 
 
+def usable_cores() -> int:
+    """The cores that this process may use, which a container or scheduler can make fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def keep_libtpu_quiet() -> None:
     """Where libtpu is installed for planning only, JAX tries it first; let that be short and silent.
 

@@ -1,6 +1,5 @@
 """Reading all data once, before a run: what is damaged, where, and why."""
 
-import os
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -11,6 +10,7 @@ from tqdm import tqdm
 
 from clip_jax.data.damage import NO_CAPTION, Damaged, counted, image_damage, naming, of_example
 from clip_jax.data.example import Example, Source, where
+from clip_jax.platform import usable_cores
 from clip_jax.processing.images import open_image
 
 _CHUNK = 256  # samples that one thread reads in one go
@@ -59,7 +59,7 @@ def _check(source: Source) -> Checked:
         found.add(error)
     chunks = [range(start, min(start + _CHUNK, len(source))) for start in range(0, len(source), _CHUNK)]
     bar = tqdm(total=len(source), desc=f"checking {source.name}", unit="sample", leave=False)
-    with bar, ThreadPoolExecutor(os.cpu_count()) as pool:
+    with bar, ThreadPoolExecutor(usable_cores()) as pool:
         for chunk, errors in zip(chunks, pool.map(partial(_errors, source), chunks), strict=True):
             for error in errors:
                 found.add(error)

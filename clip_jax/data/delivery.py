@@ -20,6 +20,7 @@ from jaxtyping import Int64
 from clip_jax.data.processes import process_pool
 from clip_jax.data.reader import TrainReader
 from clip_jax.errors import UserError
+from clip_jax.platform import usable_cores
 
 Batch = dict[str, np.ndarray]
 
@@ -50,7 +51,7 @@ class Threads:
 
     def __init__(self, reader: TrainReader):
         self._reader = reader
-        self._pool = ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="clip_jax-data")
+        self._pool = ThreadPoolExecutor(usable_cores(), thread_name_prefix="clip_jax-data")
         self._pending: list[tuple[Batch, list[Future]]] = []
 
     def start(self, positions: Int64[np.ndarray, "n"]) -> None:

@@ -8,7 +8,6 @@ import collections
 import dataclasses
 import logging
 import math
-import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -22,6 +21,7 @@ from clip_jax.data.example import Source, where
 from clip_jax.data.reader import TrainReader
 from clip_jax.errors import UserError
 from clip_jax.options import option
+from clip_jax.platform import usable_cores
 from clip_jax.processing import Preprocess
 from clip_jax.processing.images import open_image
 
@@ -186,7 +186,7 @@ def _several(label: int | tuple[int, ...] | None, classes: int) -> np.ndarray:
 
 def _prefetched(read: Callable[[np.ndarray], Batch], shares: Iterable[np.ndarray]) -> Iterator[Batch]:
     """Apply `read` to each share, in chunks, on several threads, at most two batches ahead of the consumer."""
-    pool = ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="clip_jax-data")
+    pool = ThreadPoolExecutor(usable_cores(), thread_name_prefix="clip_jax-data")
     pending = collections.deque()
     try:
         for share in shares:

@@ -25,6 +25,7 @@ from clip_jax.data.preparation.runners import Beam, InProcess, Processes, Runner
 from clip_jax.data.sources import SOURCES, SourceConfig, source_config
 from clip_jax.errors import UserError
 from clip_jax.options import override, walk
+from clip_jax.platform import usable_cores
 
 _PAGE = "report.html"
 
@@ -49,7 +50,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("source", metavar="SRC", help="KIND:PATH, or a path that shows its kind")
     parser.add_argument("destination", metavar="DST", help="the folder of TFDS data sets that gets this one")
     parser.add_argument("--name", help="of the data set; by default what SRC is called")
-    parser.add_argument("--processes", type=int, default=os.cpu_count(), help="of this machine (default: %(default)s)")
+    parser.add_argument("--processes", type=int, default=usable_cores(), help="of this machine (default: %(default)s)")
     parser.add_argument(
         "--beam", metavar="ARGUMENTS", help="work with Apache Beam; e.g. --beam='--runner=FlinkRunner ...'"
     )

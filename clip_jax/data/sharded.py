@@ -1,7 +1,6 @@
 """`tar` and `tfrecord`: samples of shards as examples, read in blocks of neighbours."""
 
 import json
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +12,7 @@ from clip_jax.data.example import Example
 from clip_jax.data.kept import Kept
 from clip_jax.data.order import Windows
 from clip_jax.data.shards import Shards
+from clip_jax.platform import usable_cores
 
 Parse = Callable[[bytes], tuple[str, Mapping[str, Any]]]  # a sample's bytes to its key and its fields
 
@@ -120,7 +120,7 @@ class _Blocks:
     def __init__(self, shards: Shards, windows: Windows):
         self._shards, self._block = shards, windows.block
         # Of every lane its window, and some of the next.
-        in_use = (windows.window + 2) * windows.lanes + 2 * (os.cpu_count() or 1)
+        in_use = (windows.window + 2) * windows.lanes + 2 * usable_cores()
         self._blocks = Kept(self._begin, in_use, _one)
 
     def _begin(self, number: int) -> list[bytes] | None:

@@ -30,6 +30,7 @@ from clip_jax.data.damage import Damaged, Unreachable, naming
 from clip_jax.data.files import File
 from clip_jax.data.processes import process_pool
 from clip_jax.errors import UserError
+from clip_jax.platform import usable_cores
 
 Read = Callable[[int, int], bytes]
 Scan = Callable[[Read, int], tuple[list[tuple[int, int]], list[Damaged]]]
@@ -230,7 +231,7 @@ def _executor(shards: Sequence[File]) -> Executor:
     """Processes for many shards that are here (parsing headers holds the lock), threads where waiting is the work."""
     if len(shards) <= _FEW_SHARDS or files.is_remote(shards[0].path):
         return ThreadPoolExecutor(_FEW_SHARDS)
-    return process_pool(os.cpu_count())
+    return process_pool(usable_cores())
 
 
 def _ready_count(shard: File, index_dir: str) -> tuple[int, tuple[Damaged, ...]] | None:

@@ -80,7 +80,7 @@ def everything(tmp_path_factory):
     return folder
 
 
-def batches_of(source, config=InputConfig(), count=5):  # noqa: B008
+def batches_of(source, config=InputConfig(), count=4):  # noqa: B008
     reader = TrainReader(
         Mixture((source,), (1.0,), 11, 250), Preprocess(24), OpenAITokenizer(16), Augment(crop="resized", flip=True)
     )
@@ -95,10 +95,10 @@ def open_format(name, folder, windows):
     return source
 
 
-@pytest.mark.parametrize("windows", [None, Windows(ROW_GROUP, 2, 2)])
-def test_every_format_gives_the_same_batches(everything, windows):
+def test_every_format_gives_the_same_batches(everything):
+    windows = Windows(ROW_GROUP, 2, 2)
     expected = batches_of(open_format("folder", everything, windows))
-    assert len({text.tobytes() for batch in expected[:4] for text in batch["text"]}) == COUNT
+    assert len({text.tobytes() for batch in expected for text in batch["text"]}) == COUNT
     for name in FORMATS:
         for batch, wanted in zip(batches_of(open_format(name, everything, windows)), expected, strict=True):
             np.testing.assert_array_equal(batch["image"], wanted["image"], name)
@@ -108,7 +108,7 @@ def test_every_format_gives_the_same_batches(everything, windows):
 def test_every_format_is_read_by_processes(everything):
     windows = Windows(ROW_GROUP, 2, 2)
     expected = batches_of(open_format("folder", everything, windows), count=1)[0]
-    for name in ("folder", "tar", "parquet with images", "csv", "tfds array_record", "tfds tfrecord"):
+    for name in ("tar", "parquet with images", "tfds array_record"):
         source = open_format(name, everything, windows)
         (batch,) = batches_of(source, InputConfig(data_processes=2), count=1)
         np.testing.assert_array_equal(batch["image"], expected["image"], name)
