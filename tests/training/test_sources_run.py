@@ -34,12 +34,12 @@ def test_a_data_set_in_tfds_own_format_trains_is_evaluated_and_resumes(default_p
         return evaluate
 
     data = {"tfds": {"name": "tiny_photos"}}
-    changes = {"data": data, "access": Access(default_photos), "total_steps": 3, "eval_datasets": ("tiny_photos/test",)}
+    changes = {"data": data, "access": Access(default_photos), "total_steps": 4, "eval_datasets": ("tiny_photos/test",)}
     whole = run(config_of(**changes), str(tmp_path / "whole"), zero_shot_evaluation)
     evaluated = [line for line in read_metrics(tmp_path / "whole") if "eval/tiny_photos/test/acc1" in line]
-    assert evaluated[-1]["step"] == 3
+    assert evaluated[-1]["step"] == 4
     with pytest.raises(Killed):
-        run(config_of(**changes, eval_every=2), str(tmp_path / "killed"), kill)
+        run(config_of(**changes, eval_every=3), str(tmp_path / "killed"), kill)
     resumed = run(config_of(**changes), str(tmp_path / "killed"))
     for got, want in zip(leaves(resumed), leaves(whole), strict=True):
         np.testing.assert_array_equal(got, want)
