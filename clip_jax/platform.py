@@ -1,4 +1,4 @@
-"""Which machine this is, as far as JAX has to be told."""
+"""Which machine this is, as far as JAX has to be told, and what it gives this process."""
 
 import importlib.util
 import os
@@ -11,6 +11,14 @@ WITHOUT_TPU = {
     "TPU_WORKER_HOSTNAMES": "localhost",
     "TPU_MIN_LOG_LEVEL": "3",
 }
+
+
+CACHE_VARIABLE = "CLIP_JAX_CACHE"
+
+
+def cache_folder(download_root: str | Path | None = None) -> Path:
+    """`download_root`, or the environment variable CLIP_JAX_CACHE, or ~/.cache/clip_jax."""
+    return Path(download_root or os.environ.get(CACHE_VARIABLE) or "~/.cache/clip_jax").expanduser()
 
 
 def on_tpu_host() -> bool:

@@ -11,7 +11,7 @@ from clip_jax.data.damage import Damaged, naming
 from clip_jax.data.example import Example
 from clip_jax.data.kept import Kept
 from clip_jax.data.order import Windows
-from clip_jax.data.shards import Shards
+from clip_jax.data.shards import Shards, whole
 from clip_jax.platform import usable_cores
 
 Parse = Callable[[bytes], tuple[str, Mapping[str, Any]]]  # a sample's bytes to its key and its fields
@@ -145,7 +145,7 @@ class _RemoteBlocks(_Blocks):
 
     def read(self, index: int) -> bytes:
         number, inside = divmod(index, self._block)
-        return self._shards.whole(index, self._blocks[number][inside])
+        return whole(self._blocks[number][inside], self._shards.where(index)[2])
 
     def _begin_range(self, first: int, end: int) -> list[bytes]:
         return self._shards.read_range(first, end)

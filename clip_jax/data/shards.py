@@ -30,7 +30,7 @@ from clip_jax.data.damage import Damaged, Unreachable, naming
 from clip_jax.data.files import File
 from clip_jax.data.processes import process_pool
 from clip_jax.errors import UserError
-from clip_jax.platform import usable_cores
+from clip_jax.platform import cache_folder, usable_cores
 
 Read = Callable[[int, int], bytes]
 Scan = Callable[[Read, int], tuple[list[tuple[int, int]], list[Damaged]]]
@@ -111,18 +111,8 @@ class Shards:
         Raises:
           Damaged: the shard ends before them.
         """
-        return self.whole(index, files.read(*self.where(index)))
-
-    def whole(self, index: int, content: bytes) -> bytes:
-        """The bytes of a sample, if they are all there.
-
-        Raises:
-          Damaged: the shard ends before them.
-        """
-        size = self.where(index)[2]
-        if len(content) < size:
-            raise Damaged("cut", f"expected {size} bytes, got {len(content)}")
-        return content
+        path, offset, size = self.where(index)
+        return whole(files.read(path, offset, size), size)
 
     def ranges(self, first: int, end: int) -> Iterator[tuple[str, int, int]]:
         """The file, offset and size that hold the samples from `first` to before `end`: one range for each shard."""
@@ -166,6 +156,17 @@ class Shards:
 
     def __setstate__(self, state):
         self.__dict__.update(state | {"_lock": Lock()})
+
+
+def whole(content: bytes, size: int) -> bytes:
+    """What was read, if all of it is there.
+
+    Raises:
+      Damaged: the shard ends before it.
+    """
+    if len(content) < size:
+        raise Damaged("cut", f"expected {size} bytes, got {len(content)}")
+    return content
 
 
 def load_index(shard: File, scan: Scan, index_dir: str = "") -> Index:
@@ -246,9 +247,8 @@ def _count(shard: File, scan: Scan, index_dir: str) -> tuple[int, tuple[Damaged,
 
 def _own_place(shard: File, index_dir: str) -> str:
     """Where the indexes of a shard's folder are kept apart from it: below `index_dir`, or below the user's cache."""
-    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     folder = hashlib.sha256(files.parent(shard.path).encode()).hexdigest()[:16]
-    return files.join(index_dir or os.path.join(cache, "clip_jax", "index"), folder)
+    return files.join(index_dir or str(cache_folder() / "index"), folder)
 
 
 def _make_index(shard: File, scan: Scan, content: str) -> Index:

@@ -14,7 +14,7 @@ from clip_jax.data.damage import Damaged
 
 Read = Callable[[int, int], bytes]  # (offset, size) to bytes, fewer at the end
 
-MAX_MEMBER = 2**28  # bytes; far above any image or caption
+MAX_MEMBER = 2**28  # bytes of a member, or of all members of a sample; far above any image with its captions
 _BLOCK = 512
 _ZEROS = bytes(_BLOCK)
 _RESYNC_PIECE = 2**20
@@ -102,6 +102,10 @@ def scan(read: Read, size: int) -> tuple[list[tuple[int, int]], list[Damaged]]:
             damage.append(Damaged("duplicate_key", f"offset {group.start}: key {group.key!r} comes a second time"))
             continue
         seen.add(group.key)
+        if group.end - group.start > MAX_MEMBER:
+            what = f"offset {group.start}: the members of key {group.key!r} have over {MAX_MEMBER} bytes together"
+            damage.append(Damaged("too_large", what))
+            continue
         samples.append((group.start, group.end - group.start))
     return samples, damage
 

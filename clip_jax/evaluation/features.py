@@ -30,7 +30,7 @@ from clip_jax.data.example import Example, Source, where
 from clip_jax.data.pipeline import evaluation_batches
 from clip_jax.digests import digests
 from clip_jax.evaluation.zero_shot import BATCH_SIZE, Encoders, Variables
-from clip_jax.weights.download import cache_folder
+from clip_jax.platform import cache_folder
 
 logger = logging.getLogger(__name__)
 

@@ -21,9 +21,9 @@ from pathlib import Path
 from tqdm import tqdm
 
 from clip_jax.errors import UserError
+from clip_jax.platform import CACHE_VARIABLE, cache_folder
 
 ADDRESS = "https://openaipublic.azureedge.net/clip/models"
-CACHE_VARIABLE = "CLIP_JAX_CACHE"
 MIRROR_VARIABLE = "CLIP_JAX_MIRROR"
 
 # name -> (sha256, file name): the last two parts of the address (`_MODELS` in OpenAI's clip/clip.py).
@@ -65,11 +65,6 @@ def available_models() -> list[str]:
 def is_official(name: str) -> bool:
     """Whether `name` is one of them."""
     return name in OFFICIAL_FILES
-
-
-def cache_folder(download_root: str | Path | None = None) -> Path:
-    """`download_root`, or the environment variable CLIP_JAX_CACHE, or ~/.cache/clip_jax."""
-    return Path(download_root or os.environ.get(CACHE_VARIABLE) or "~/.cache/clip_jax").expanduser()
 
 
 def fetch(name: str, download_root: str | Path | None = None, patience: Patience | None = None) -> Path:

@@ -69,7 +69,7 @@ def folder(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def hurry(monkeypatch, tmp_path):
     """Short pauses, and a cache of the test's own."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("CLIP_JAX_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(bucket, "_PAUSES", (0.01, 0.1))
     monkeypatch.setattr(bucket, "_PATIENCE", 30.0)
     monkeypatch.setattr("gcsfs.retry.asyncio", SimpleNamespace(sleep=_sleep_shortly))
@@ -153,7 +153,7 @@ def test_an_index_goes_to_the_cache_where_the_bucket_is_read_only(server, folder
         server.requests.clear()
         assert len(Shards(files.find(f"{server.place}/*.tar"), tar.scan)) == 40
     assert not server.gets(".tar")
-    assert len(list((tmp_path / "cache" / "clip_jax" / "index").rglob("*.tar.npz"))) == 2
+    assert len(list((tmp_path / "cache" / "index").rglob("*.tar.npz"))) == 2
 
 
 def test_gzip_shards_are_fetched_in_large_pieces(server, tmp_path):

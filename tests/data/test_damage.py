@@ -203,7 +203,7 @@ def test_a_gzip_bomb_is_refused_before_it_fills_the_disk(tmp_path, monkeypatch):
         for _ in range(200):
             file.write(bytes(2**20))
     write_tar(tmp_path / "b.tar.gz", range(3), "w:gz")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("CLIP_JAX_CACHE", str(tmp_path / "cache"))
     source = open_tar(tmp_path / "*.tar.gz")
     assert [item.reason for item in source.damage] == ["too_large"] and len(source) == 3
     assert sum(file.stat().st_size for file in (tmp_path / "cache").rglob("*") if file.is_file()) < 2**20
@@ -325,3 +325,18 @@ def test_a_deeply_nested_json_member_is_damage(tmp_path):
     source = source_config("tar", {"path": str(tmp_path / "a.tar"), "caption_field": "alt", "block": 1}).open(Access())
     with pytest.raises(Damaged, match="its json is damaged"):
         source[0]
+
+
+def test_a_sample_of_many_large_members_is_not_read(tmp_path):
+    """Each member passes by itself; together they are 5 GB, of which the file (with holes) holds only the headers."""
+    with open(tmp_path / "a.tar", "wb") as file:
+        file.write(WHOLE[: HEADERS[name(5)]])
+        for number in range(21):
+            info = tarfile.TarInfo(f"x.{number}")
+            info.size = 2**28 - 512
+            file.write(info.tobuf(tarfile.USTAR_FORMAT))
+            file.seek(info.size, io.SEEK_CUR)
+        file.write(WHOLE[HEADERS[name(5)] :])
+    source = open_tar(tmp_path / "a.tar")
+    assert [item.reason for item in source.damage] == ["too_large"]
+    assert sorted(delivered(source, SKIP)[0]) == list(range(COUNT))

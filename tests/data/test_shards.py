@@ -143,7 +143,7 @@ def test_an_index_is_made_once_and_again_when_its_shard_changes(tmp_path, monkey
 
 def test_an_index_goes_to_the_cache_where_the_shards_folder_cannot_be_written(tmp_path, monkeypatch):
     write_tar(tmp_path / "a.tar", range(3))
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("CLIP_JAX_CACHE", str(tmp_path / "cache"))
     write = files.write
 
     def refuse(path, content):
@@ -153,7 +153,7 @@ def test_an_index_goes_to_the_cache_where_the_shards_folder_cannot_be_written(tm
 
     monkeypatch.setattr(files, "write", refuse)
     assert len(open_source("tar", tmp_path / "a.tar")) == 3
-    assert len(list((tmp_path / "cache" / "clip_jax" / "index").rglob("a.tar.npz"))) == 1
+    assert len(list((tmp_path / "cache" / "index").rglob("a.tar.npz"))) == 1
     assert not (tmp_path / ".clip_jax_index").exists()
 
 
@@ -187,6 +187,7 @@ def test_mistakes_are_named(fields, message):
         source_config("tar", fields).open(Access())
 
 
-def test_windows_are_part_of_the_source():
-    source = source_config("tar", {"path": "x"})
-    assert Windows(source.block, source.window, source.lanes) == Windows(128, 128, 8)
+def test_windows_are_those_of_the_configuration(shards):
+    source = open_source("tar", shards / "*.tar", block=4, window=3, lanes=2)
+    assert source.windows == Windows(4, 3, 2)
+    assert open_source("tar", shards / "*.tar").windows == Windows(128, 128, 8)

@@ -321,3 +321,10 @@ def test_truncated_file_is_refused_by_name(tmp_path):
 def test_impossible_options_are_refused(option, value):
     with pytest.raises(UserError, match=rf"augment\.{option} must be .*got"):
         Augment(**{option: value})
+
+
+def test_a_reduced_scale_is_that_of_each_side():
+    """Decoded at 1/8, 17 pixels become 3 and 800 become 100: a crop by the scale of one side would have edges."""
+    white = saved(Image.new("RGB", (17, 800), "white"), "JPEG")
+    whole = Augment(crop="resized", scale=(1.0, 1.0), ratio=(17 / 800, 17 / 800))
+    assert (whole(white, np.random.default_rng(0), Preprocess(1)) == 255).all()
