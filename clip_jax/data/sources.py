@@ -68,8 +68,7 @@ class FolderConfig(SourceConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        if not self.path:
-            raise UserError("path is empty; name the folder, as in --config.data.folder.path=PATH")
+        _check_path(self.path, "the folder, as in --config.data.folder.path=PATH")
 
     def open(self, access: Access) -> Source:
         return open_folder(self.path, self.templates)
@@ -86,8 +85,7 @@ class TableConfig(SourceConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        if not self.path:
-            raise UserError("path is empty; name the files, as in 'tables/*.parquet'")
+        _check_path(self.path, "the files, as in 'tables/*.parquet'")
 
     def columns(self) -> tables.Columns:
         """What is what."""
@@ -151,8 +149,7 @@ class ShardsConfig(SourceConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        if not self.path:
-            raise UserError("path is empty; name the shards, as in 'shards/{00000..00099}.tar'")
+        _check_path(self.path, "the shards, as in 'shards/{00000..00099}.tar'")
         _check_positive(self, "block", "window", "lanes")
 
     def open_shards(self, data_format: Any) -> Source:
@@ -177,6 +174,11 @@ class TfrecordConfig(ShardsConfig):
 
     def open(self, access: Access) -> Source:
         return self.open_shards(tfrecord)
+
+
+def _check_path(path: str, what: str) -> None:
+    if not path:
+        raise UserError(f"path is empty; name {what}")
 
 
 def _check_positive(config: SourceConfig, *names: str) -> None:
