@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from clip_jax.errors import UserError
-from clip_jax.evaluation.registry import known_name, paper_values
+from clip_jax.evaluation.registry import EVALUATION_SETS, known_name
 from clip_jax.evaluation.rows import Row, aligned, difference, read_rows, shown
 
 _Key = tuple[str, str, str]  # data set, task, language
@@ -120,8 +120,11 @@ def _titles(models: dict[tuple[str, str], dict[_Key, Row]]) -> list[str]:
 
 def _lines(key: _Key, rows: Sequence[Row | None]) -> list[Line]:
     name, task, language = key
-    papers = [paper_values(row.model, name, task) if row and language == "en" else {} for row in rows]
-    main = next((row.main_metric for row in rows if row and row.main_metric), "")
+    metrics = dict.fromkeys(metric for row in rows if row for metric in row.metrics)
+    papers = [row.paper if row else {} for row in rows]
+    usual = EVALUATION_SETS[name].metric if name in EVALUATION_SETS else "acc1"
+    candidates = [*(row.main_metric for row in rows if row), usual, f"lp_{usual}"]
+    main = next((metric for metric in candidates if metric in metrics), "")
     return [
         Line(
             name if language == "en" else f"{name} ({language})",
@@ -131,7 +134,7 @@ def _lines(key: _Key, rows: Sequence[Row | None]) -> list[Line]:
             tuple(row.metrics.get(metric) if row else None for row in rows),
             tuple(paper.get(metric) for paper in papers),
         )
-        for metric in dict.fromkeys(metric for row in rows if row for metric in row.metrics)
+        for metric in metrics
     ]
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from clip_jax.data.checked import read_file
 from clip_jax.errors import UserError
-from clip_jax.evaluation.registry import paper_values
+from clip_jax.evaluation.registry import known_name, official_name, paper_values
 from clip_jax.options import from_dict
 
 if TYPE_CHECKING:
@@ -51,6 +51,13 @@ class Row:
             if not math.isfinite(value):
                 raise UserError(f"{self.dataset}, {self.task}: expected a finite {name}, got {value}")
 
+    @property
+    def paper(self) -> dict[str, float]:
+        """The paper's values by metric, if it has any."""
+        if self.language != "en":
+            return {}
+        return paper_values(official_name(self.model, self.pretrained), known_name(self.dataset), self.task)
+
     def to_dict(self) -> dict[str, Any]:
         """One object of the list that CLIP_benchmark's tools read; for a classifier, what it was made of as well."""
         names = ("dataset", "model", "pretrained", "task", "language", "metrics")
@@ -76,10 +83,10 @@ def write_rows(path: str | Path, rows: Sequence[Row]) -> None:
     if path.suffix.lower() != ".csv":
         path.write_text(json.dumps(objects, indent=2, allow_nan=False) + "\n", encoding="utf-8")
         return
-    flat = [{**row, **row.pop("metrics")} for row in objects]
+    flat = [{**row, **row["metrics"]} for row in objects]
     names = dict.fromkeys([*Row.__dataclass_fields__, *(name for row in flat for name in row)])
     with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, [name for name in names if name != "metrics"], restval="")
+        writer = csv.DictWriter(file, [name for name in names if name != "metrics"], extrasaction="ignore")
         writer.writeheader()
         writer.writerows(flat)
 
@@ -108,7 +115,7 @@ def table(rows: Sequence[Row]) -> str:
     """Every metric of every row on a line, with the paper's value and the difference where the paper has one."""
     lines = [("data set", "task", "metric", "measured", "paper", "difference")]
     for row in rows:
-        paper = paper_values(row.model, row.dataset, row.task)
+        paper = row.paper
         for name, value in row.metrics.items():
             compared = (shown(name, paper[name]), difference(name, value - paper[name])) if name in paper else ("", "")
             lines.append((row.dataset, row.task, name, shown(name, value), *compared))
