@@ -10,6 +10,7 @@ from huggingface_hub import constants
 import evaluate
 from clip_jax.data import tfds_builder
 from clip_jax.data.access import Access
+from clip_jax.data.shapes import CLASS_NAMES
 from clip_jax.errors import UserError
 from clip_jax.evaluation import collection, prompts, registry
 from clip_jax.evaluation.datasets import evaluation_set
@@ -18,7 +19,14 @@ from clip_jax.models import CLIPConfig, TextConfig, VisionTransformerConfig
 from clip_jax.weights import save
 from tests import tiny
 from tests.data.make_shards import photo, write_tar
-from tests.evaluation.generated_sets import FORMS, LISTED, WRITERS, names_in_the_collection, write_wds
+from tests.evaluation.generated_sets import (
+    FORMS,
+    LISTED,
+    NAMES_OF_DOWNLOADS,
+    WRITERS,
+    names_in_the_collection,
+    write_wds,
+)
 from tests.hub_stand_in import Hub, use
 
 CONFIG = CLIPConfig(16, VisionTransformerConfig(16, 16, 16, 1, 1, 16), TextConfig(16, 1, 16, 1, context_length=48))
@@ -186,7 +194,7 @@ def test_what_nobody_distributes_says_what_to_put_where(name, tmp_path):
 # The labels of TFDS, known before any download, and the prompts' names.
 
 IN_TFDS = {name: entry.tfds["name"] for name, entry in LISTED.items() if entry.tfds} | {"ucf101": "ucf101"}
-KNOWN_BEFORE = [name for name in IN_TFDS if name not in ("cifar10", "cifar100", "stl10")]
+KNOWN_BEFORE = [name for name in IN_TFDS if name not in NAMES_OF_DOWNLOADS]
 
 
 @pytest.mark.parametrize("name", KNOWN_BEFORE)
@@ -202,10 +210,20 @@ def test_names_belong_to_labels_index_by_index(name, tmp_path):
     if prompts.are_synsets(labels):
         assert {new == synsets[label] for label, new in differ} == {True}
     else:
-        assert differ | renamed == renamed
+        assert differ == {pair for pair in renamed if letters(pair[0]) != letters(pair[1])}
+        assert all(new != prompts.readable(label) for label, new in renamed)
         assert len(set(names)) == len(names)
     listed = prompts.listed_class_names(LISTED[name])
     assert not listed or set(names) == set(listed)
+
+
+@pytest.mark.parametrize("name", NAMES_OF_DOWNLOADS)
+def test_names_that_come_with_the_download_are_the_prompts(name, tmp_path):
+    """Index by index, as the reference repository has them (prompts.md): with spaces for underscores."""
+    WRITERS["tfds"](tmp_path, name)
+    names = tuple(label.replace("_", " ") for label in NAMES_OF_DOWNLOADS[name])
+    assert evaluation_set(name, Access(str(tmp_path))).class_names == names
+    assert len(set(names)) == LISTED[name].classes and not LISTED[name].renamed
 
 
 def letters(name):
@@ -256,6 +274,45 @@ def test_classes_and_templates_are_as_many_as_the_papers():
         assert (templates, entry.prompts) == DIFFERENT.get(name, (entry.prompts, entry.prompts)), name
         assert len(set(prompts.templates_of(entry))) == entry.prompts, name
         assert len(prompts.listed_class_names(entry)) in (0, classes), name
+
+
+VTAB = "a task of VTAB that is not in the paper's suite"
+OUTSIDE = {  # lists of clip-benchmark that no set of the paper's suite uses
+    **dict.fromkeys(("svhn", "dmlab", "diabetic_retinopathy", "clevr_closest_object_distance"), VTAB),
+    **dict.fromkeys(("smallnorb_label_azimuth", "smallnorb_label_elevation"), VTAB),
+    **dict.fromkeys(("dsprites_label_x_position", "dsprites_label_orientation"), VTAB),
+    "voc2007": "one class for each object that is cut out; the paper's has several for each image",
+    "caltech101": "another order, of torchvision's folders",
+    "dummy": "a template for tests of clip-benchmark",
+}
+
+
+@pytest.mark.parametrize("file, kind", [(prompts._CLASS_NAMES, "class_names"), (prompts._TEMPLATES, "templates")])
+def test_every_list_of_clip_benchmark_is_as_long_as_the_papers(file, kind):
+    counts = {name: tuple(map(int, counts.split("/"))) for name, counts in map(str.split, PAPER.split(","))}
+    sets = {}
+    for name in SUITES["paper27"]:  # by the list that the registry names, or else by the name in the collection
+        listed = getattr(LISTED[name], kind)
+        sets[listed if isinstance(listed, str) else LISTED[name].wds.rpartition("/")[2]] = name
+    unused = set()
+    for listed, items in prompts._listed(file).items():
+        if listed not in sets or (listed in OUTSIDE and listed != getattr(LISTED[sets[listed]], kind)):
+            unused.add(listed)
+            continue
+        classes, templates = counts[sets[listed]]
+        expected = classes if kind == "class_names" else DIFFERENT.get(sets[listed], (0, templates))[1]
+        assert len(items) == expected, listed
+    assert unused <= set(OUTSIDE), unused - set(OUTSIDE)
+
+
+def test_what_comes_with_the_project(data_dir, weights, tmp_path, monkeypatch):
+    names = ["shapes", "shapes_seen", "digits"]
+    monkeypatch.setattr(evaluate, "Access", lambda offline: Access(data_dir, offline))
+    rows = rows_of(names, weights, tmp_path, monkeypatch)
+    assert {name: (row["main_metric"], row["templates"]) for name, row in rows.items()} == {
+        "shapes": ("acc1", 6), "shapes_seen": ("acc1", 6), "digits": ("acc1", 4),
+    }  # fmt: skip
+    assert [rows[name]["classes"] for name in names] == [len(CLASS_NAMES)] * 2 + [10]
 
 
 def test_the_papers_metrics():
