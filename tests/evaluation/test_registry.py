@@ -1,7 +1,9 @@
 """Registered data sets: from a name to a row, in each form, with generated images."""
 
 import json
+import re
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,6 +17,7 @@ from clip_jax.errors import UserError
 from clip_jax.evaluation import collection, prompts, registry
 from clip_jax.evaluation.datasets import evaluation_set
 from clip_jax.evaluation.registry import EVALUATION_SETS, SUITES, known_name, official_name, paper_values
+from clip_jax.evaluation.tasks import chosen_tasks
 from clip_jax.models import CLIPConfig, TextConfig, VisionTransformerConfig
 from clip_jax.weights import save
 from tests import tiny
@@ -151,6 +154,16 @@ def test_training_splits(hub, tmp_path):
     WRITERS["tfds"](tmp_path, "eurosat")
     dataset = evaluation_set("eurosat", Access(str(tmp_path)))
     assert (len(dataset.train()), dataset.validation, len(dataset.source)) == (24, None, 6)
+
+
+def test_images_of_several_classes_have_no_linear_probe(tmp_path):
+    folder = write_wds(tmp_path, "voc2007")
+    shutil.copytree(folder / "test", folder / "train")
+    dataset = evaluation_set("voc2007", Access(str(tmp_path)))
+    assert dataset.train and chosen_tasks(dataset, ["zeroshot"])
+    for task in ("linear_probe", "few_shot"):
+        with pytest.raises(UserError, match=f"no training split whose images have one named class each, which {task}"):
+            chosen_tasks(dataset, [task])
 
 
 def test_before_a_set_is_fetched_its_size_is_said(hub, tmp_path, monkeypatch):
@@ -337,6 +350,32 @@ def test_the_papers_values():
     assert paper_values("ViT-L/14@336px", "coco", "zeroshot_retrieval")["text_retrieval_recall@1"] == 0.584
     for tables in registry._TABLES["paper"].values():
         assert {len(table) for table in tables.values() if isinstance(table, list)} <= {27, 32}
+
+
+def test_the_docs_have_what_the_registry_has():
+    text = (Path(evaluate.__file__).parent / "docs" / "reproducing.md").read_text()
+    rows = [
+        [cell.strip(" `") for cell in line.strip("|").split("|")] for line in text.splitlines() if line[:3] == "| `"
+    ]
+    listed, zero_shot, probe = rows[: len(LISTED)], rows[len(LISTED) :][:27], rows[len(LISTED) + 27 :][:27]
+    for name, classes, templates, where in listed:
+        entry = LISTED[name]
+        assert (int(classes), int(templates)) == (entry.classes, entry.prompts)
+        places = {f"wds_{entry.wds.replace('/', '-')}"} if entry.wds else {f"folder_{name}"} if entry.obtain else set()
+        places |= {entry.tfds[key] for key in ("name", "split") if key in entry.tfds}
+        assert set(re.findall(r"[^`;, ]+", where)) - {"TFDS"} == places
+    models = list(registry._TABLES["paper"]["linear_probe"])
+    for own, task in ((zero_shot, "zeroshot_classification"), (probe, "linear_probe")):
+        assert [row[0] for row in own] == list(SUITES["paper27"])
+        for name, *cells in own:
+            for model, cell in zip(models, cells[-len(models) :], strict=True):
+                (value,) = paper_values(model, name, task).values()
+                assert abs(float(cell) - 100 * value) < 1e-6, (model, name, task)
+    retrieved = {name: [float(cell) / 100 for cell in cells] for name, *cells in rows[len(LISTED) + 54 :]}
+    for name, (*text_recall, one, five, ten) in retrieved.items():
+        found = paper_values("ViT-L/14@336px", name, "zeroshot_retrieval")
+        assert list(found.values()) == pytest.approx([one, five, ten, *text_recall])
+    assert set(retrieved) == {"flickr30k", "coco"}
 
 
 def test_names_of_clip_benchmark_are_known():
