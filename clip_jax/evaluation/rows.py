@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from clip_jax.evaluation.tasks import Result
 
 MISSING = "-"
-_SETTINGS = ("median_rank", "strength")  # parts of the names of what is no share of 1
+_NO_SHARES = ("median_rank", "strength")  # parts of the names of what is no share of 1
+_MOST_LETTERS = 1000  # of a name in a file
 
 
 @dataclass(frozen=True)
@@ -142,7 +143,7 @@ def difference(metric: str, value: float | None) -> str:
 
 def is_share(metric: str) -> bool:
     """Whether a metric is a share of 1, which people read in percent."""
-    return not any(part in metric for part in _SETTINGS)
+    return not any(part in metric for part in _NO_SHARES)
 
 
 def _read(values: Any, origin: str) -> Row:
@@ -151,7 +152,11 @@ def _read(values: Any, origin: str) -> Row:
         if isinstance(values.get("metrics"), Mapping):
             numbers = {name: value for name, value in values["metrics"].items() if type(value) in (int, float)}
             values = {**values, "metrics": numbers}
-    return from_dict(Row, values, origin)
+    row = from_dict(Row, values, origin)
+    for name in (row.dataset, row.model, row.pretrained, row.task, row.language, row.main_metric, *row.metrics):
+        if len(name) > _MOST_LETTERS or not name.isprintable():
+            raise UserError(f"{origin}: expected names of at most {_MOST_LETTERS} printable letters, got {name!r:.60}")
+    return row
 
 
 def _refuse(constant: str) -> NoReturn:

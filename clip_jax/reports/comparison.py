@@ -1,5 +1,6 @@
 """A page with several models side by side."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +8,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from clip_jax.evaluation.comparison import Comparison, Line
-from clip_jax.evaluation.rows import difference, is_share, shown
+from clip_jax.evaluation.rows import difference, shown
 from clip_jax.reports.page import figure_url, write_page
 
 MOST_BARS = 100  # data sets in a picture
@@ -33,19 +34,28 @@ def write_comparison(path: str | Path, comparison: Comparison) -> None:
 
 def _row(line: Line, in_paper: list[int]) -> dict[str, Any]:
     known = [value for value in line.values if value is not None]
-    better = max if is_share(line.metric) else min  # ranks
-    best = better(known) if len(known) > 1 else None
+    best = _better(line.metric, known) if len(known) > 1 else None
     return {
         "dataset": line.dataset,
         "task": line.task.replace("_", " "),
         "metric": line.metric.replace("_", " "),
         "values": [(shown(line.metric, value), value is not None and value == best) for value in line.values],
-        "differences": [
-            (difference(line.metric, by), "" if not by else "right" if better(by, 0) == by else "wrong")
-            for by in line.differences()
-        ],
+        "differences": [(difference(line.metric, by), _verdict(line.metric, by)) for by in line.differences()],
         "paper": [shown(line.metric, line.paper[number]) for number in in_paper],
     }
+
+
+def _better(metric: str, values: Sequence[float]) -> float | None:
+    """The best of some values; of what is neither good nor bad, None."""
+    if "strength" in metric or "std" in metric:
+        return None
+    return min(values) if "rank" in metric else max(values)
+
+
+def _verdict(metric: str, by: float | None) -> str:
+    """A difference as the page colours it."""
+    best = _better(metric, (by, 0.0)) if by else None
+    return "" if best is None else "right" if best == by else "wrong"
 
 
 def _differences(comparison: Comparison, number: int) -> str:

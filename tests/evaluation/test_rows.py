@@ -111,6 +111,9 @@ def changed(**values):
         (changed(metrics={"acc5": -math.inf}), "got -Infinity"),
         (changed(metrics={"acc5": 1}).replace('"acc5": 1', '"acc5": 1e999'), "expected a finite acc5, got inf"),
         (changed(metrics={"acc5": 10**400}), "result 1"),
+        (changed(dataset="\x1b[2J"), "result 1: expected names of at most 1000 printable letters, got"),
+        (changed(metrics={"acc\n": 1}), "result 1: expected names"),
+        (changed(model="m" * 10_000), "result 1: expected names"),
     ],
 )
 def test_other_files_are_refused(content, message, tmp_path):
