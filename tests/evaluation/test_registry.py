@@ -101,8 +101,8 @@ def hub(tmp_path, monkeypatch):
     hub.server.server_close()
 
 
-@pytest.mark.parametrize("names", [FAST[0][1], pytest.param(SLOW[0][1], marks=pytest.mark.slow)], ids=("fast", "slow"))
-def test_the_collection_on_the_hub(names, hub, weights, tmp_path, monkeypatch):
+def test_the_collection_on_the_hub(hub, weights, tmp_path, monkeypatch):
+    names = FORMS["wds"]
     for name in names:
         folder = write_wds(tmp_path / "upload", name)
         (folder / "train").mkdir()
