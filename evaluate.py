@@ -187,7 +187,7 @@ def load_encoders(weights: str, config: Any) -> tuple[Any, Any]:
     """The model that --weights names, ready to run as the config says, and its variables on the mesh."""
     import jax
 
-    from clip_jax.evaluation.zero_shot import make_encoders
+    from clip_jax.evaluation.encoders import make_encoders
     from clip_jax.models import CLIP, Execution
     from clip_jax.options import kept_values
     from clip_jax.parallel import MeshConfig, make_partitioner

@@ -1,68 +1,27 @@
 """Image features of a data set, kept on disk: an evaluation that was interrupted, or is repeated, goes on from there.
 
-  CACHE/features/MODEL/CHUNK.npz    features and labels of up to 4,096 neighbouring examples
-
-CACHE is that of the official weights. MODEL is a digest of the weights and of what the model is; CHUNK is one of the
-examples' labels and stored images. So another model, an example that was changed or another order find nothing,
-whatever the data set is called. Images whose features are there are read, not decoded. A chunk is written whole or not
-at all; a damaged one is replaced.
+Images whose features are there are read, not decoded. Each host has chunks of its own, which it alone reads,
+digests and keeps; a round is one chunk of each, which are encoded together unless all of them are kept.
 """
 
-import hashlib
-import json
-import logging
-import os
-import zipfile
-import zlib
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
-from jaxtyping import Bool, Float, Int
 from tqdm import tqdm
 
-from clip_jax.data.damage import naming
 from clip_jax.data.example import Example, Source, where
-from clip_jax.data.pipeline import evaluation_batches
-from clip_jax.digests import digests
-from clip_jax.evaluation.zero_shot import BATCH_SIZE, Encoders, Variables
-from clip_jax.platform import cache_folder
+from clip_jax.distributed import bytes_of_every_process, of_every_process, together
+from clip_jax.evaluation import feature_files
+from clip_jax.evaluation.division import divide, readers, rows_per_device
+from clip_jax.evaluation.encoders import Encoders, Variables
+from clip_jax.evaluation.examples import check_size, encode_examples
+from clip_jax.evaluation.feature_files import Features, concatenated
+from clip_jax.parallel import Partitioner
 
-logger = logging.getLogger(__name__)
-
-VERSION = 1  # of the chunks; another one where features of the same model and images would be others
-CHUNK = 4096
-
-
-@dataclass(frozen=True)
-class Features:
-    """What a linear probe sees of some examples.
-
-    Attributes:
-      values: float32, not normalised (see `CLIP.probe_features`).
-      labels: -1 where there is none.
-    """
-
-    values: Float[np.ndarray, "n dim"]
-    labels: Int[np.ndarray, "n"]
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitem__(self, chosen: Bool[np.ndarray, "n"]) -> "Features":
-        return Features(self.values[chosen], self.labels[chosen])
-
-    def __add__(self, other: "Features") -> "Features":
-        return concatenated([self, other])
-
-
-def concatenated(parts: list[Features]) -> Features:
-    """The examples of several parts, one part after the other."""
-    return Features(np.concatenate([part.values for part in parts]), np.concatenate([part.labels for part in parts]))
+CHUNK = 1024  # neighbouring examples that are kept in one file
 
 
 def extract(encoders: Encoders, variables: Variables, source: Source, progress: bool = True) -> Features:
@@ -71,35 +30,39 @@ def extract(encoders: Encoders, variables: Variables, source: Source, progress: 
     Args:
       encoders: of the model.
       variables: its weights.
-      source: images with labels.
+      source: images with labels, the same on every host.
       progress: show a bar.
 
     Raises:
-      UserError: an image that cannot be read.
+      UserError: an image that cannot be read, on this host or another one.
     """
-    folder = cache_folder() / "features" / model_digest(encoders, variables)
-    parts = []
+    check_size(source)
+    folder = feature_files.model_folder(encoders, variables)
+    parts: dict[range, Features] = {}
     with tqdm(total=len(source), desc=f"{source.name} features", unit="image", disable=not progress) as bar:
-        for start in range(0, len(source), CHUNK):
-            part = _Part(source, range(start, min(start + CHUNK, len(source))))
-            parts.append(_chunk(encoders, variables, part, folder))
-            bar.update(len(part))
-    return concatenated(parts)
+        for chunks in _rounds(len(source), encoders.partitioner):
+            own = chunks.get(jax.process_index(), range(0))
+            file = folder / f"{together(lambda own=own: feature_files.chunk_digest(_Part(source, own)))}.npz"
+            kept = feature_files.read(file, len(own)) if own else _NOTHING
+            if all(of_every_process(kept is not None)):
+                parts |= _of_every_process(chunks, kept)
+            else:
+                parts |= _encode(encoders, variables, source, chunks)
+                if kept is None:
+                    feature_files.write(file, parts[own])
+            bar.update(sum(map(len, chunks.values())))
+    return concatenated([parts[chunk] for chunk in sorted(parts, key=lambda chunk: chunk.start)])
 
 
-def model_digest(encoders: Encoders, variables: Variables) -> str:
-    """Of all that a feature depends on but the image."""
-    model = encoders.model
-    what = {"version": VERSION, "model": model.config.to_dict(), "dtype": model.execution.dtype}
-    return _sha256(json.dumps({**what, "digests": digests(variables)}, sort_keys=True).encode())
+_NOTHING = Features(np.zeros((0, 0), np.float32), np.zeros(0, np.int32))  # of a host without a chunk
 
 
 @dataclass(frozen=True)
 class _Part:
-    """Some neighbouring examples of a source, as a source."""
+    """Some examples of a source, as a source."""
 
     source: Source
-    indices: range
+    indices: Sequence[int]
 
     @property
     def name(self) -> str:
@@ -114,70 +77,31 @@ class _Part:
     def where(self, index: int) -> str:
         return where(self.source, self.indices[index])
 
-    def digest(self) -> str:
-        """Of labels and stored images."""
-        with ThreadPoolExecutor() as pool:
-            return _sha256("".join(pool.map(self._digest, range(len(self)))).encode())
 
-    def _digest(self, index: int) -> str:
-        with naming(self.where(index)):
-            example = self[index]
-        image = example.image
-        if not isinstance(image, bytes):
-            image = f"{image.mode} {image.size}".encode() + image.tobytes()
-        return _sha256(f"{example.label} ".encode() + image)
+def _rounds(count: int, partitioner: Partitioner) -> Iterator[dict[int, range]]:
+    """Of each process that still has one, its next chunk."""
+    chunks = [range(start, min(start + CHUNK, count)) for start in range(0, count, CHUNK)]
+    processes = list(readers(partitioner))
+    bounds = np.arange(len(processes) + 1) * len(chunks) // len(processes)
+    own = [chunks[first:end] for first, end in itertools.pairwise(bounds.tolist())]
+    for each in itertools.zip_longest(*own):
+        yield {process: chunk for process, chunk in zip(processes, each, strict=True) if chunk}
 
 
-def _chunk(encoders: Encoders, variables: Variables, part: _Part, folder: Path) -> Features:
-    file = folder / f"{part.digest()}.npz"
-    kept = _read(file, len(part))
-    if _on_every_host(kept is not None):
-        return kept
-    features = _encode(encoders, variables, part)
-    _write(file, features)
-    return features
+def _encode(
+    encoders: Encoders, variables: Variables, source: Source, chunks: Mapping[int, range]
+) -> dict[range, Features]:
+    """The features of a round's chunks, which each host reads its own of."""
+    part = _Part(source, list(itertools.chain.from_iterable(chunks.values())))
+    lengths = [len(chunks.get(process, ())) for process in readers(encoders.partitioner)]
+    division = divide(lengths, rows_per_device(len(source)), encoders.partitioner)
+    encoded = encode_examples(encoders.probe_features, variables, part, encoders.preprocess, division=division)
+    ends = np.cumsum([len(chunk) for chunk in chunks.values()])[:-1]
+    features = map(Features, np.split(encoded.features, ends), np.split(encoded.labels, ends))
+    return dict(zip(chunks.values(), features, strict=True))
 
 
-def _encode(encoders: Encoders, variables: Variables, part: _Part) -> Features:
-    parts = []
-    for batch in evaluation_batches(part, BATCH_SIZE, encoders.preprocess):
-        values = encoders.probe_features(variables, batch["image"])
-        parts.append(Features(values, batch["label"])[batch["mask"]])
-    return concatenated(parts)
-
-
-def _on_every_host(found: bool) -> bool:
-    """Hosts encode together, so that one which lacks a chunk needs the others."""
-    return found if jax.process_count() == 1 else bool(multihost_utils.process_allgather(np.array(found)).all())
-
-
-def _read(file: Path, examples: int) -> Features | None:
-    """The features in a file; None if there is none, or it is damaged (NumPy checks each array's CRC-32)."""
-    try:
-        with file.open("rb") as stream, np.load(stream, allow_pickle=False) as arrays:
-            features = Features(arrays["values"], arrays["labels"])
-        if features.values.ndim != 2 or not len(features.values) == len(features.labels) == examples:
-            raise ValueError(f"{features.values.shape} features of {examples} examples")
-        return features
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        logger.warning("%s is damaged (%s); its features are computed again", file, error)
-        return None
-
-
-def _write(file: Path, features: Features) -> None:
-    part = file.with_name(f"{file.name}.{os.getpid()}.part")
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with part.open("wb") as stream:
-            np.savez(stream, values=features.values, labels=features.labels)
-        part.replace(file)
-    except OSError as error:
-        logger.warning("cannot keep features in %s (%s); they will be computed again next time", file, error)
-        with suppress(OSError):
-            part.unlink(missing_ok=True)
-
-
-def _sha256(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()[:32]
+def _of_every_process(chunks: Mapping[int, range], kept: Features) -> dict[range, Features]:
+    """The features of a round's chunks, of which each host has its own."""
+    contents = bytes_of_every_process(feature_files.to_bytes(kept))
+    return {chunk: feature_files.from_bytes(contents[process]) for process, chunk in chunks.items()}

@@ -8,10 +8,11 @@ from typing import ClassVar, Protocol
 
 from clip_jax.errors import UserError
 from clip_jax.evaluation.datasets import EvaluationSet
+from clip_jax.evaluation.encoders import Encoders, Variables
 from clip_jax.evaluation.few_shot import few_shot
 from clip_jax.evaluation.linear_probe import linear_probe
 from clip_jax.evaluation.retrieval import zero_shot_retrieval
-from clip_jax.evaluation.zero_shot import Encoders, Variables, check_prompts, zero_shot
+from clip_jax.evaluation.zero_shot import check_prompts, zero_shot
 
 
 class Result(Protocol):

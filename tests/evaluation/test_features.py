@@ -11,8 +11,8 @@ from PIL import Image
 from clip_jax.data.example import Example
 from clip_jax.errors import UserError
 from clip_jax.evaluation import features as module
+from clip_jax.evaluation.encoders import make_encoders
 from clip_jax.evaluation.features import extract
-from clip_jax.evaluation.zero_shot import make_encoders
 from clip_jax.models import CLIP, TextConfig
 from clip_jax.parallel import MeshConfig, make_partitioner
 from tests import tiny
