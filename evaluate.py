@@ -5,25 +5,31 @@ python evaluate.py --weights runs/demo --datasets shapes,digits --report report.
 python evaluate.py --config vit_b32 --datasets paper27
 python evaluate.py --weights ViT-B/32 --datasets wds_flickr30k,folder:photos --tasks retrieval
 python evaluate.py --weights ViT-B/32 --images a.jpg b.jpg --labels "a cup,not a cup"
+
+On a TPU pod or under Slurm, start this on every host: each reads its part of the data, and the first one says what came
+of it. Elsewhere tell each process who it is with --coordinator, --processes and --process_index.
 """
 
 import argparse
-import json
-import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import installed  # noqa: F401  (first: it says what to do where the requirements are missing)
 from clip_jax import cli
 from clip_jax.data.access import Access
+from clip_jax.distributed import is_first, on_first_process, together
 from clip_jax.errors import UserError
 from clip_jax.evaluation import prompts
 from clip_jax.evaluation.datasets import accepted_names, evaluation_set, expanded
-from clip_jax.evaluation.registry import paper_value
+from clip_jax.evaluation.rows import row_of, table, write_rows
 from clip_jax.weights import available_models
+from clip_jax.workdir import BEST, read_metrics
+
+if TYPE_CHECKING:
+    from clip_jax.evaluation.tasks import Result
 
 
 def main(argv: Sequence[str]) -> int:
@@ -49,14 +55,18 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument(
         "--templates", metavar="FILE_OR_TEXT", help="prompts in place of the data sets' own, as 'a photo of a {}.'"
     )
-    parser.add_argument("--output", metavar="FILE.json", help="write the results here, in CLIP_benchmark's format")
+    parser.add_argument(
+        "--output", metavar="FILE.json", help="write the results here, in CLIP_benchmark's format; or FILE.csv"
+    )
     parser.add_argument("--report", metavar="FILE.html", help="write a page with pictures here")
     parser.add_argument(
         "--images", metavar="FILE", nargs="+", help="instead of data sets: say which of --labels fit these images"
     )
     parser.add_argument("--labels", metavar="A,B,C", help="texts to compare --images with, as 'a cup,not a cup'")
+    cli.add_process_flags(parser)
     flags, config = cli.parse(parser, argv, needs_config=False)
     weights = flags.weights or official_name(config)
+    cli.join_processes(flags)
     if flags.images or flags.labels:
         classify_images(flags, config, weights)
         return 0
@@ -71,10 +81,11 @@ def classify_images(flags: argparse.Namespace, config: Any, weights: str) -> Non
     if not flags.images or flags.datasets:
         raise UserError("--labels goes with --images FILE ..., and neither with --datasets")
     check_labels(labels)
-    if flags.report:
-        make_parent(Path(flags.report))
+    make_parents(flags)
     encoders, variables = load_encoders(weights, config)
-    result = classify(encoders, variables, flags.images, labels)
+    result = classify(encoders, variables, flags.images, labels, is_first())
+    if not is_first():
+        return
     for number, image in enumerate(result.images):
         print(f"{image}: " + ", ".join(f"{label} {100 * value:.1f}%" for label, value in result.best(number)))
     if flags.report:
@@ -101,17 +112,13 @@ def evaluate(flags: argparse.Namespace, config: Any, weights: str) -> int:
     jobs = []
     for name in names:
         with tolerated(name, names, failed):
-            dataset = evaluation_set(name, access, class_names, templates)
-            jobs += [(task, dataset) for task in chosen_tasks(dataset, names_in(flags.tasks))]
+            dataset = together(partial(evaluation_set, name, access, class_names, templates))
+            jobs += [(task, dataset) for task in together(partial(chosen_tasks, dataset, names_in(flags.tasks)))]
     if not jobs:
         return 1
-    for target in filter(None, (flags.output, flags.report)):
-        make_parent(Path(target))
-    if flags.report:
-        from clip_jax.reports.zero_shot import write_report
-        from clip_jax.workdir import BEST, read_metrics
-
-        metrics = read_metrics(weights.removesuffix(BEST))  # before the evaluation: a damaged line must not cost it
+    make_parents(flags)
+    # Before the evaluation: a damaged line must not cost it.
+    metrics = on_first_process(partial(read_metrics, weights.removesuffix(BEST))) if flags.report else []
     encoders, variables = load_encoders(weights, config)
     checked = []
     for task, dataset in jobs:
@@ -121,17 +128,47 @@ def evaluate(flags: argparse.Namespace, config: Any, weights: str) -> int:
     results = []
     for task, dataset in checked:
         with tolerated(dataset.name, names, failed):
-            results.append(task.run(encoders, variables, dataset))
-    model = config.name if config else weights
-    for result in results:
-        print(summary(result, model))
+            results.append(task.run(encoders, variables, dataset, is_first()))
+    if is_first():
+        publish(flags, config.name if config else weights, weights, metrics, results)
+    return 1 if failed else 0
+
+
+def publish(
+    flags: argparse.Namespace,
+    model: str,
+    weights: str,
+    metrics: Sequence[Mapping[str, Any]],
+    results: Sequence["Result"],
+) -> None:
+    """Say what came of the evaluation: on the terminal, in --output and in --report.
+
+    Args:
+      flags: where to.
+      model: its name.
+      weights: where they are from.
+      metrics: of its training, for the report.
+      results: of all data sets that could be evaluated.
+
+    Raises:
+      UserError: a metric is not finite.
+    """
+    rows = [row_of(result, model, weights) for result in results]
+    if rows:
+        print(table(rows))
     if flags.output:
-        rows = [benchmark_row(result, model, weights) for result in results]
-        Path(flags.output).write_text(json.dumps(rows, indent=2, allow_nan=False) + "\n")
+        write_rows(flags.output, rows)
     if flags.report:
+        from clip_jax.reports.evaluation import write_report
+
         write_report(flags.report, f"clip_jax: {model}", metrics, results)
         print(f"report: {flags.report}")
-    return 1 if failed else 0
+
+
+def make_parents(flags: argparse.Namespace) -> None:
+    """The folders of what is to be written, made before the evaluation, not missed after it."""
+    for target in filter(None, (flags.output, flags.report)):
+        on_first_process(partial(cli.make_parent, target))
 
 
 @contextmanager
@@ -143,32 +180,13 @@ def tolerated(name: str, names: Sequence[str], failed: list[str]) -> Iterator[No
         if len(names) == 1:
             raise
         failed.append(name)
-        print(f"error: {name}: {' '.join(str(error).split())}", file=sys.stderr)
-
-
-def summary(result: Any, model: str) -> str:
-    """One line on a result, with the paper's value where it has one."""
-    line = f"{result.dataset.name}: " + ", ".join(f"{key} {value:.4g}" for key, value in result.metrics.items())
-    expected = paper_value(model, result.dataset.name)
-    if expected is None or result.dataset.metric not in result.metrics:
-        return line
-    difference = result.metrics[result.dataset.metric] - expected
-    return f"{line}; the paper has {result.dataset.metric} {expected:.3f}, a difference of {difference:+.4f}"
+        if is_first():
+            print(f"error: {name}: {' '.join(str(error).split())}", file=sys.stderr)
 
 
 def names_in(text: str | None) -> list[str]:
     """What commas separate."""
     return [name.strip() for name in (text or "").split(",") if name.strip()]
-
-
-def make_parent(target: Path) -> None:
-    """The folder of a file to be written, made before the evaluation, not missed after it."""
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        if target.is_dir() or not os.access(target.parent, os.W_OK):
-            raise OSError("it is a folder" if target.is_dir() else f"{target.parent} cannot be written to")
-    except OSError as error:
-        raise UserError(f"cannot write {target}: {error}; name another file") from error
 
 
 def official_name(config: Any) -> str:
@@ -194,7 +212,7 @@ def load_encoders(weights: str, config: Any) -> tuple[Any, Any]:
     from clip_jax.training.state import abstract_variables
     from clip_jax.weights import load_variables
 
-    architecture, variables = load_variables(weights)
+    architecture, variables = together(partial(load_variables, weights))
     if config and architecture != config.model:
         found, expected = kept_values(architecture), kept_values(config.model)
         name = next(name for name in sorted({*found, *expected}) if found.get(name) != expected.get(name))
@@ -206,25 +224,6 @@ def load_encoders(weights: str, config: Any) -> tuple[Any, Any]:
     partitioner = make_partitioner(config.mesh if config else MeshConfig())
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_variables(model, partitioner))
     return make_encoders(model, partitioner), jax.device_put(variables, shardings)
-
-
-def benchmark_row(result: Any, model: str, pretrained: str) -> dict[str, Any]:
-    """One object of the list that CLIP_benchmark's tools read; for a classifier, what it was made of as well."""
-    dataset = result.dataset
-    classifier = {
-        "main_metric": dataset.metric,
-        "classes": len(dataset.class_names),
-        "templates": len(dataset.templates),
-    }
-    return {
-        "dataset": dataset.name,
-        "model": model,
-        "pretrained": pretrained,
-        "task": result.task,
-        "language": "en",
-        "metrics": result.metrics,
-        **(classifier if dataset.metric in result.metrics else {}),
-    }
 
 
 if __name__ == "__main__":

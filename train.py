@@ -73,13 +73,14 @@ def check_data(config: Any) -> None:
 
 def zero_shot_evaluation(config: Any, training: Any) -> Any:
     """What training calls every `eval_every` steps: zero-shot accuracy on the config's data sets."""
+    from clip_jax.distributed import together
     from clip_jax.evaluation.datasets import evaluation_set
     from clip_jax.evaluation.encoders import make_encoders
     from clip_jax.evaluation.tasks import chosen_tasks
     from clip_jax.evaluation.zero_shot import check_prompts, zero_shot
 
     encoders = make_encoders(training.model, training.partitioner)
-    datasets = [evaluation_set(name, config.access) for name in config.eval_datasets]
+    datasets = together(lambda: [evaluation_set(name, config.access) for name in config.eval_datasets])
     for dataset in datasets:
         chosen_tasks(dataset, ["zeroshot"])
         check_prompts(encoders, dataset)

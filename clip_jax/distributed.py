@@ -16,6 +16,11 @@ from clip_jax.platform import on_tpu_host
 T = TypeVar("T")
 
 
+def is_first() -> bool:
+    """Whether this process is the one that speaks and writes for all."""
+    return jax.process_index() == 0
+
+
 def together(action: Callable[[], T]) -> T:
     """What `action` returns, on every process; if it refuses on any, all end, and none waits for the others.
 
@@ -56,7 +61,7 @@ def on_first_process(action: Callable[[], T]) -> T | None:
     Raises:
       UserError: as `together`.
     """
-    return together(lambda: action() if jax.process_index() == 0 else None)
+    return together(lambda: action() if is_first() else None)
 
 
 def of_every_process(value: Any) -> list[Any]:
@@ -111,5 +116,5 @@ def initialize(coordinator: str | None, processes: int | None, process_index: in
         jax.distributed.initialize()
     else:
         return
-    if jax.process_index() != 0:
+    if not is_first():
         logging.getLogger("clip_jax").setLevel(logging.WARNING)

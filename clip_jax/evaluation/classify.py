@@ -35,7 +35,9 @@ class Classification:
         return [(self.labels[label], float(self.probabilities[image, label])) for label in order]
 
 
-def classify(encoders: Encoders, variables: Variables, images: Sequence[str], labels: Sequence[str]) -> Classification:
+def classify(
+    encoders: Encoders, variables: Variables, images: Sequence[str], labels: Sequence[str], progress: bool = True
+) -> Classification:
     """Compare images with labels.
 
     Args:
@@ -43,12 +45,14 @@ def classify(encoders: Encoders, variables: Variables, images: Sequence[str], la
       variables: its weights.
       images: paths.
       labels: texts, taken as they are.
+      progress: show a bar.
 
     Raises:
       UserError: an image cannot be read, a label is too long, or features are not finite.
     """
     text_features = encoders.encode_tokens(variables, encoders.tokenizer(list(labels)))
-    encoded = encode_examples(encoders.encode_images, variables, _Files(images), encoders.preprocess, "images")
+    bar = "images" if progress else ""
+    encoded = encode_examples(encoders.encode_images, variables, _Files(images), encoders.preprocess, bar)
     params = variables["params"]
     logits = np.exp(np.float64(params["logit_scale"])) * (encoded.features.astype(np.float64) @ text_features.T)
     check_finite(logits, "logits")

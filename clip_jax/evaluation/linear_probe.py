@@ -18,8 +18,7 @@ from clip_jax.distributed import together
 from clip_jax.errors import UserError
 from clip_jax.evaluation.datasets import EvaluationSet
 from clip_jax.evaluation.encoders import Encoders, Variables
-from clip_jax.evaluation.feature_files import Features
-from clip_jax.evaluation.features import extract
+from clip_jax.evaluation.features import Features, extract
 from clip_jax.evaluation.logistic import LogisticRegression
 from clip_jax.evaluation.metrics import accuracy, check_scores, classification_metrics
 from clip_jax.parallel import Partitioner

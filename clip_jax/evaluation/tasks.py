@@ -7,12 +7,13 @@ from types import MappingProxyType
 from typing import ClassVar, Protocol
 
 from clip_jax.errors import UserError
+from clip_jax.evaluation.classifiers import kept_zero_shot
 from clip_jax.evaluation.datasets import EvaluationSet
 from clip_jax.evaluation.encoders import Encoders, Variables
 from clip_jax.evaluation.few_shot import few_shot
 from clip_jax.evaluation.linear_probe import linear_probe
 from clip_jax.evaluation.retrieval import zero_shot_retrieval
-from clip_jax.evaluation.zero_shot import check_prompts, zero_shot
+from clip_jax.evaluation.zero_shot import check_prompts
 
 
 class Result(Protocol):
@@ -37,13 +38,13 @@ class Task:
     """A way to judge a model.
 
     Attributes:
-      run: encodes a data set.
+      run: encodes a data set, with or without progress bars.
       needs: what a data set must have for it, in words.
       suits: whether a data set has it.
       check: refuses, before anything is computed, what `run` would refuse of the texts.
     """
 
-    run: Callable[[Encoders, Variables, EvaluationSet], Result]
+    run: Callable[[Encoders, Variables, EvaluationSet, bool], Result]
     needs: str
     suits: Callable[[EvaluationSet], bool]
     check: Callable[[Encoders, EvaluationSet], None] = lambda encoders, dataset: None
@@ -55,7 +56,7 @@ def _has_training_split(dataset: EvaluationSet) -> bool:
 
 TASKS: Mapping[str, Task] = MappingProxyType(
     {
-        "zeroshot": Task(zero_shot, "named classes", lambda dataset: bool(dataset.class_names), check_prompts),
+        "zeroshot": Task(kept_zero_shot, "named classes", lambda dataset: bool(dataset.class_names), check_prompts),
         "retrieval": Task(zero_shot_retrieval, "captions", lambda dataset: bool(dataset.source[0].captions)),
         "linear_probe": Task(linear_probe, "training split with named classes", _has_training_split),
         "few_shot": Task(few_shot, "training split with named classes", _has_training_split),

@@ -181,7 +181,9 @@ def test_prompts_of_all_sets_are_checked_before_anything_is_computed(weights, tm
         raise UserError("computed")
 
     def spied(model, partitioner):
-        return dataclasses.replace(make_encoders(model, partitioner), encode_tokens=compute, encode_images=compute)
+        encoders = make_encoders(model, partitioner)
+        refusing = dataclasses.replace(encoders.encode_tokens, function=compute)
+        return dataclasses.replace(encoders, encode_tokens=refusing, encode_images=refusing)
 
     monkeypatch.setattr("clip_jax.evaluation.encoders.make_encoders", spied)
     good = write_classes(tmp_path / "good", ("cat", "dog"))

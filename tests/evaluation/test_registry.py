@@ -11,9 +11,9 @@ import evaluate
 from clip_jax.data import tfds_builder
 from clip_jax.data.access import Access
 from clip_jax.errors import UserError
-from clip_jax.evaluation import collection, prompts
+from clip_jax.evaluation import collection, prompts, registry
 from clip_jax.evaluation.datasets import evaluation_set
-from clip_jax.evaluation.registry import EVALUATION_SETS, SUITES, paper_value
+from clip_jax.evaluation.registry import EVALUATION_SETS, SUITES, known_name, paper_values
 from clip_jax.models import CLIPConfig, TextConfig, VisionTransformerConfig
 from clip_jax.weights import save
 from tests import tiny
@@ -267,10 +267,45 @@ def test_the_papers_metrics():
 
 
 def test_the_papers_values():
-    assert paper_value("ViT-B/32", "imagenet") == 0.632 and paper_value("RN50", "food101") == 0.811
-    assert paper_value("ViT-L/14@336px", "hateful_memes") == 0.633
-    assert paper_value("ViT-B/32", "imagenet_v2") is None and paper_value("demo", "imagenet") is None
-    means = {"RN50": 54.7, "RN50x64": 66.1, "ViT-B/16": 61.0, "ViT-L/14@336px": 67.6}
-    for model, mean in means.items():
-        values = [paper_value(model, name) for name in SUITES["paper27"]]
-        assert abs(100 * np.mean(values) - mean) < 0.06
+    def value(model, name, task="zeroshot_classification"):
+        return paper_values(model, name, task).get({"linear_probe": "lp_"}.get(task, "") + LISTED[name].metric)
+
+    assert value("ViT-B/32", "imagenet") == 0.632 and value("RN50", "food101") == 0.811
+    assert value("ViT-L/14@336px", "hateful_memes") == 0.633 and value("ViT-L/14@336px", "objectnet") == 0.723
+    assert value("ViT-B/32", "imagenet_v2") is None and value("demo", "imagenet") is None
+    assert value("ViT-L-14-336", "imagenet") == 0.762 and value("RN50-quickgelu", "pets") == 0.854
+    means = {"RN50": (54.7, 75.8), "RN50x64": (66.1, 83.0), "ViT-B/16": (61.0, 80.9), "ViT-L/14@336px": (67.6, 85.1)}
+    for model, expected in means.items():
+        for task, mean in zip(("zeroshot_classification", "linear_probe"), expected, strict=True):
+            assert abs(100 * np.mean([value(model, name, task) for name in SUITES["paper27"]]) - mean) < 0.06
+    assert paper_values("ViT-L/14@336px", "coco", "zeroshot_retrieval")["text_retrieval_recall@1"] == 0.584
+    for tables in registry._TABLES["paper"].values():
+        assert {len(table) for table in tables.values() if isinstance(table, list)} <= {27, 32}
+
+
+def test_names_of_clip_benchmark_are_known():
+    assert [known_name(name) for name in ("wds/vtab/pets", "fgvc_aircraft", "vtab/dtd", "pets", "wds/imagenet1k")] == [
+        "pets", "aircraft", "dtd", "pets", "imagenet",
+    ]  # fmt: skip
+    assert known_name("mine") == "mine"
+
+
+@pytest.mark.parametrize(
+    "values, message",
+    [
+        ({"class": 3}, "set new has no field 'class'; did you mean classes"),
+        ({"classes": "3"}, "set new: classes must be of type int, like 8; got '3'"),
+        ({"prompts": 1.5}, "set new: prompts must be of type int"),
+        ({"classes": True}, "set new: classes must be of type int"),
+        ({"classes": -1}, "set new: expected counts from 0, got -1 classes"),
+        ({"metric": ""}, "set new: metric must be one of acc1, acc5, .*; got ''"),
+        ({"metric": "acc"}, "metric must be one of"),
+        ({"templates": 7}, "templates must be of type tuple of str or str"),
+        ({"renamed": [["one", "two"]]}, "renamed"),
+        ({"source": "digits"}, "source must be of type mapping"),
+        (3, "set new must hold the fields source, "),
+    ],
+)
+def test_an_entry_that_is_wrong_is_named(values, message):
+    with pytest.raises(UserError, match=message):
+        registry.read({"digits": {}, "new": values})

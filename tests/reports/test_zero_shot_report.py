@@ -8,7 +8,7 @@ from PIL import Image
 from clip_jax.data.example import Example
 from clip_jax.evaluation.datasets import EvaluationSet
 from clip_jax.evaluation.zero_shot import ZeroShotResult
-from clip_jax.reports.zero_shot import write_report
+from clip_jax.reports.evaluation import write_report
 
 
 class Pictures:

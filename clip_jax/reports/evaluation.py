@@ -47,7 +47,7 @@ def write_report(
     losses = [(line["step"], line["loss"]) for line in metrics if "loss" in line]
     write_page(
         path,
-        "zero_shot.html",
+        "evaluation.html",
         title=title,
         loss_curve=_loss_curve(losses) if losses else None,
         metrics=_metric_names(classified),
