@@ -18,25 +18,20 @@ from tests.evaluation import pods
 def main(coordinator: str, index: int, folder: Path) -> None:
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", 4)
-    import time; t=time.time()
     said = {"code": evaluate.main(arguments(coordinator, index, folder))}
-    print("T main",time.time()-t)
     own = pods.encoders(jax.devices())
     found, said["read"] = pods.evaluated(own)
     np.savez(folder / f"{index}.npz", **found)
-    print("T eval",time.time()-t)
     again = pods.dataset().source
     with pods.few_fits():
         extract(own, pods.variables(), again, progress=False)
     said["read again"] = again.read
-    print("T again",time.time()-t)
     said["one"] = zero_shot(own, pods.variables(), pods.dataset(1), progress=False).scores.tolist()
     images = sorted(map(str, (folder / "good").glob("*/*.png")))
     said["probabilities"] = classify(own, pods.variables(), images, pods.CLASSES, False).probabilities.tolist()
     said["broken"] = refusal(lambda: zero_shot(own, pods.variables(), pods.dataset(broken=90), progress=False))
     said["sizes"] = refusal(lambda: zero_shot(own, pods.variables(), pods.dataset(10 + index), progress=False))
     said["missing"] = refusal(lambda: classify(own, pods.variables(), [*images, "nowhere.png"], pods.CLASSES, False))
-    print("T all",time.time()-t)
     (folder / f"{index}.json").write_text(json.dumps(said))
 
 

@@ -33,7 +33,8 @@ def together(tmp_path_factory):
         start("evaluation_worker", coordinator, index, folder, CLIP_JAX_CACHE=str(folder / f"cache {index}"))
         for index in range(2)
     ]
-    out=finish(*processes); print(out[0][0]);
+    out = finish(*processes)
+    print(out[0][0])
     return folder, out
 
 
