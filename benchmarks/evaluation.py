@@ -194,8 +194,8 @@ def report(images: int, rounds: int, seconds: dict[str, list[float]], memory: di
         *rows,
         "",
         f"- clip_jax has {ratio:.2f} times the rate of PyTorch (the median of the rounds' ratios).",
-        f"- It takes {longer:.2f} times as long as the longer of decoding and forward pass, and {both:.2f} times the sum of",
-        "  both. The sum is the least that is possible where each of them keeps all cores busy, as on a CPU; an",
+        f"- It takes {longer:.2f} times as long as the longer of decoding and forward pass, and {both:.2f} times the sum",
+        "  of both. The sum is the least that is possible where each of them keeps all cores busy, as on a CPU; an",
         "  accelerator leaves the cores to decoding.",
         "",
     ]

@@ -84,6 +84,11 @@ def bytes_of_every_process(content: bytes) -> list[bytes]:
     return [row[:size].tobytes() for row, size in zip(rows, sizes, strict=True)]
 
 
+def refused_by_any(refuses: bool) -> bool:
+    """Whether any process refuses to go on; all must call this at the same place."""
+    return any(of_every_process(refuses))
+
+
 def sum_over_hosts(counts: Sequence[int]) -> list[int]:
     """The sum of each count over all processes, which all must call this at the same place."""
     return [sum(each) for each in zip(*of_every_process(list(counts)), strict=True)]

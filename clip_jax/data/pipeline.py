@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 from jaxtyping import Int
 
-from clip_jax.data.damage import Damaged, counted, naming
+from clip_jax.data.damage import Damaged, counted, naming, of_example
 from clip_jax.data.delivery import Batch, make_delivery
 from clip_jax.data.example import Source, where
 from clip_jax.data.reader import TrainReader
@@ -164,7 +164,8 @@ def evaluation_batches(
             index = int(numbers[row])
             with naming(where(source, index)):
                 example = source[index]
-                images[row] = preprocess.resize_and_crop(open_image(example.image))
+                with of_example(example.key):
+                    images[row] = preprocess.resize_and_crop(open_image(example.image))
                 labels[row] = _several(example.label, several_of) if several_of else _single(example.label)
                 captions[row] = example.captions
         return {"image": images, "label": labels, "captions": captions}
