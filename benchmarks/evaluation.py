@@ -182,7 +182,7 @@ def report(images: int, rounds: int, seconds: dict[str, list[float]], memory: di
     ]
     ratio = statistics.median(b / a for a, b in zip(seconds["clip_jax"], seconds["PyTorch"], strict=True))
     command = f"python -m benchmarks.evaluation --images {images} --rounds {rounds}"
-    longer, both = middle["clip_jax"] / max(parts), middle["clip_jax"] / sum(parts)
+    long, both = middle["clip_jax"] / max(parts), middle["clip_jax"] / sum(parts)
     lines = [
         "# Evaluation from JPEGs on disk",
         "",
@@ -194,7 +194,7 @@ def report(images: int, rounds: int, seconds: dict[str, list[float]], memory: di
         *rows,
         "",
         f"- clip_jax has {ratio:.2f} times the rate of PyTorch (the median of the rounds' ratios).",
-        f"- It takes {longer:.2f} times as long as the longer of decoding and forward pass, and {both:.2f} times the sum",
+        f"- It takes {long:.2f} times as long as the longer of decoding and forward pass, and {both:.2f} times the sum",
         "  of both. The sum is the least that is possible where each of them keeps all cores busy, as on a CPU; an",
         "  accelerator leaves the cores to decoding.",
         "",

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 
 from clip_jax.planner.topologies import GIB
+from clip_jax.platform import keep_libtpu_quiet
 
 Run = Callable[[], None]
 Contestants = dict[str, Callable[[], Run]]  # what makes a run, in the contestant's own process
@@ -45,6 +46,7 @@ def race(contestants: Contestants, rounds: int, turn: Turn) -> tuple[dict[str, l
 
 def _contestant(make: Callable[[], Run], turn: Turn, end: Connection) -> None:
     """In a process of its own: get ready (compile), then take a turn when told to, and report."""
+    keep_libtpu_quiet()
     run = make()
     for _ in range(turn.untimed):
         run()
