@@ -98,7 +98,8 @@ def with_openais_words(config):
 def reference(request, tmp_path_factory):
     """OpenAI's model with random weights, its configuration, and ours read from its file."""
     config = with_openais_words(request.param)
-    model, path = reference_models.random_openai_model(config), tmp_path_factory.mktemp("weights") / "openai.pt"
+    model = reference_models.random_openai_model(config, seed=1)  # which takes the pictures for several classes
+    path = tmp_path_factory.mktemp("weights") / "openai.pt"
     reference_models.save_torchscript(model, config, path)
     return model, config, evaluate.load_encoders(str(path), None)
 
@@ -142,9 +143,9 @@ def test_predictions_and_metrics_are_those_of_the_notebook(form, reference, tmp_
     logits = notebook(model, config, [picture(number) for number in order])
     labels = np.array([label(number) for number in order])
     np.testing.assert_array_equal(result.labels, labels)
-    np.testing.assert_allclose(100 * result.scores, logits, atol=0.02)
+    np.testing.assert_allclose(100 * result.scores, logits, atol=0.004)
     best = np.sort(logits, axis=1)
-    assert np.diff(best, axis=1).min() > 0.002, "two classes are too near to each other to say which one is right"
+    assert np.diff(best, axis=1).min() > 0.008, "two classes are too near to each other to say which one is right"
     np.testing.assert_array_equal(result.scores.argsort(axis=1), logits.argsort(axis=1))
     predictions = logits.argmax(axis=1)
     assert len(set(predictions)) > 1

@@ -129,5 +129,5 @@ def test_the_first_process_alone_prints_and_writes(together, said):
     assert row["dataset"] == str(folder / "good") and str(folder / "good") in printed
     assert (folder / "new" / "report.html").is_file()
     (line,) = [line for line in errors.splitlines() if line.startswith("error")]
-    assert line.startswith(f"error: {folder / 'damaged'}: ") and "9.png: " in line and "expected a readable" in line
+    assert line.startswith(f"error: {folder / 'damaged'}: ") and "9.png'" in line and "expected a readable" in line
     assert not nothing and "error" not in no_errors and "image/s" in errors and "image/s" not in no_errors
