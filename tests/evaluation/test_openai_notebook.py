@@ -2,6 +2,9 @@
 
 import dataclasses
 import io
+import tarfile
+from importlib.util import find_spec
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +16,7 @@ from sklearn.metrics import recall_score, top_k_accuracy_score
 import evaluate
 from clip_jax.data.access import Access
 from clip_jax.evaluation.datasets import evaluation_set
+from clip_jax.evaluation.retrieval import zero_shot_retrieval
 from clip_jax.evaluation.zero_shot import zero_shot
 from clip_jax.processing import tokenize
 from tests import reference_models
@@ -49,8 +53,6 @@ def write_folders(root):
 
 
 def write_shards(root):
-    import tarfile
-
     (root / "test").mkdir(parents=True)
     (root / "classnames.txt").write_text("\n".join(CLASSES))
     (root / "test" / "nshards.txt").write_text("2")
@@ -162,3 +164,42 @@ def number_of(image):
     """Which picture an image is, as a file or decoded again."""
     pixels = np.asarray(Image.open(io.BytesIO(image)) if isinstance(image, bytes) else image)
     return next(n for n in range(COUNT) if np.array_equal(np.asarray(Image.open(io.BytesIO(picture(n)))), pixels))
+
+
+# Of "Interacting with CLIP", a notebook of the reference repository; the photographs come with scikit-image.
+DESCRIPTIONS = {
+    "astronaut.png": "a portrait of an astronaut with the American flag",
+    "camera.png": "a person looking at a camera on a tripod",
+    "chelsea.png": "a facial photo of a tabby cat",
+    "coffee.png": "a cup of coffee on a saucer",
+    "horse.png": "a black-and-white silhouette of a horse",
+    "motorcycle_right.png": "a red motorcycle standing in a garage",
+    "page.png": "a page of text about segmentation",
+    "rocket.jpg": "a rocket standing on a launchpad",
+}
+
+
+def test_photographs_and_captions(reference, tmp_path):
+    model, config, ours = reference
+    (package,) = find_spec("skimage").submodule_search_locations
+    contents = [(Path(package) / "data" / name).read_bytes() for name in DESCRIPTIONS]
+    for (name, caption), content in zip(DESCRIPTIONS.items(), contents, strict=True):
+        (tmp_path / name).write_bytes(content)
+        (tmp_path / name).with_suffix(".txt").write_text(caption)
+    result = zero_shot_retrieval(*ours, evaluation_set(f"folder:{tmp_path}"), progress=False)
+    texts = tokenize(list(DESCRIPTIONS.values()), config.text.context_length, truncate=True)
+    with torch.no_grad():
+        images = model.encode_image(torch.stack([transformed(content, config) for content in contents])).numpy()
+        texts = model.encode_text(torch.from_numpy(texts)).numpy()
+    images, texts = (features / np.linalg.norm(features, axis=1, keepdims=True) for features in (images, texts))
+    cosines, expected = result.image_features @ result.text_features.T, images @ texts.T
+    np.testing.assert_allclose(cosines, expected, atol=4e-5)
+    own = np.arange(len(DESCRIPTIONS))
+    np.testing.assert_array_equal(result.image_of_text, own)
+    for name, table in (("text", expected), ("image", expected.T)):
+        others = table + 4 * np.eye(len(own)) - np.diag(table)[:, None]
+        assert np.abs(others).min() > 8e-5, "two of them are too near to each other to say which one is right"
+        ranks = (table > np.diag(table)[:, None]).sum(axis=1)
+        for k in (1, 5):
+            assert result.metrics[f"{name}_retrieval_recall@{k}"] == np.mean(ranks < k)
+        assert result.metrics[f"{name}_retrieval_median_rank"] == np.median(ranks) + 1
