@@ -106,8 +106,8 @@ def evaluate(flags: argparse.Namespace, config: Any, weights: str) -> int:
     from clip_jax.evaluation.tasks import chosen_tasks
 
     access = config.access if config else Access(offline=flags.offline)
-    class_names = prompts.lines_of(flags.class_names) if flags.class_names else ()
-    templates = prompts.templates_from(flags.templates) if flags.templates else ()
+    class_names = together(partial(prompts.lines_of, flags.class_names)) if flags.class_names else ()
+    templates = together(partial(prompts.templates_from, flags.templates)) if flags.templates else ()
     failed: list[str] = []
     jobs = []
     for name in names:

@@ -34,7 +34,7 @@ settings.load_profile("fixed")
 
 
 @pytest.fixture(scope="session", autouse=True)
-def kept_between_tests_only(request, tmp_path_factory):
+def own_cache(request, tmp_path_factory):
     """What an evaluation keeps does not outlive the tests; the weights that network tests download do."""
     if any(item.get_closest_marker("network") for item in request.session.items):
         yield

@@ -1,13 +1,14 @@
 """Several models side by side, from the files that evaluations wrote."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from clip_jax.errors import UserError
-from clip_jax.evaluation.registry import known_name, paper_values
+from clip_jax.evaluation.registry import EVALUATION_SETS, known_name
 from clip_jax.evaluation.rows import Row, aligned, difference, read_rows, shown
 
 _Key = tuple[str, str, str]  # data set, task, language
+_Model = tuple[str, str, str]  # its name, where the weights are from, the file if that tells it from another
 
 
 @dataclass(frozen=True)
@@ -58,14 +59,15 @@ class Comparison:
 
 
 def compare(paths: Sequence[str]) -> Comparison:
-    """Match rows by data set, task and language; those of a model can be in several files.
+    """Match rows by data set, task and language.
+
+    Those of a model can be in several files; where two files have the same row of a model, they are compared.
 
     Args:
       paths: JSON files that `evaluate.py` or CLIP_benchmark wrote.
 
     Raises:
-      UserError: a file cannot be read, there is one model only, a model has two rows of the same, or no two models
-        have rows of the same.
+      UserError: a file cannot be read, is named twice or has the same row twice; or there is nothing to compare.
     """
     models = _models(paths)
     if len(models) < 2:
@@ -96,32 +98,49 @@ def table(comparison: Comparison) -> str:
     return aligned(lines, texts=3)
 
 
-def _models(paths: Sequence[str]) -> dict[tuple[str, str], dict[_Key, Row]]:
-    """The rows of each (model, pretrained)."""
-    models: dict[tuple[str, str], dict[_Key, Row]] = {}
-    origins: dict[tuple, str] = {}
-    for path in paths:
-        for row in read_rows(path):
-            model, key = (row.model, row.pretrained), (known_name(row.dataset), row.task, row.language)
-            if key in models.setdefault(model, {}):
-                raise UserError(
-                    f"{row.dataset}, {row.task} of {row.model} ({row.pretrained}) is in {origins[model, key]} and "
-                    f"again in {path}: leave one out, or give one another value of pretrained"
-                )
-            models[model][key], origins[model, key] = row, path
+def _models(paths: Sequence[str]) -> dict[_Model, dict[_Key, Row]]:
+    """The rows of each model, in the order of the files; of one that has the same row in two files, apart."""
+    files = {path: _by_key(path) for path in paths}
+    if len(files) < len(paths):
+        raise UserError(f"{next(path for path in paths if paths.count(path) > 1)} is named twice")
+    owners: dict[tuple, list[str]] = {}
+    for path, rows in files.items():
+        for row in rows:
+            owners.setdefault(row, []).append(path)
+    again = {(model, pretrained) for (model, pretrained, _), found in owners.items() if len(found) > 1}
+    models: dict[_Model, dict[_Key, Row]] = {}
+    for path, rows in files.items():
+        for (model, pretrained, key), row in rows.items():
+            apart = path if (model, pretrained) in again else ""
+            models.setdefault((model, pretrained, apart), {})[key] = row
     return models
 
 
-def _titles(models: dict[tuple[str, str], dict[_Key, Row]]) -> list[str]:
-    """The names of the models, with where the weights are from if several have the same name."""
-    names = [model for model, _ in models]
-    return [model if names.count(model) == 1 else f"{model} ({pretrained})" for model, pretrained in models]
+def _by_key(path: str) -> dict[tuple[str, str, _Key], Row]:
+    rows: dict[tuple[str, str, _Key], Row] = {}
+    for row in read_rows(path):
+        key = (row.model, row.pretrained, (known_name(row.dataset), row.task, row.language))
+        if key in rows:
+            raise UserError(f"{path} has {row.dataset}, {row.task} of {row.model} ({row.pretrained}) twice")
+        rows[key] = row
+    return rows
+
+
+def _titles(models: Iterable[_Model]) -> list[str]:
+    """The names of the models; if several have the same, with the file, or with where the weights are from."""
+    names = [model for model, _, _ in models]
+    return [
+        model if names.count(model) == 1 else f"{model} ({path or pretrained})" for model, pretrained, path in models
+    ]
 
 
 def _lines(key: _Key, rows: Sequence[Row | None]) -> list[Line]:
     name, task, language = key
-    papers = [paper_values(row.model, name, task) if row and language == "en" else {} for row in rows]
-    main = next((row.main_metric for row in rows if row and row.main_metric), "")
+    metrics = dict.fromkeys(metric for row in rows if row for metric in row.metrics)
+    papers = [row.paper if row else {} for row in rows]
+    usual = EVALUATION_SETS[name].metric if name in EVALUATION_SETS else "acc1"
+    candidates = [*(row.main_metric for row in rows if row), usual, f"lp_{usual}"]
+    main = next((metric for metric in candidates if metric in metrics), "")
     return [
         Line(
             name if language == "en" else f"{name} ({language})",
@@ -131,7 +150,7 @@ def _lines(key: _Key, rows: Sequence[Row | None]) -> list[Line]:
             tuple(row.metrics.get(metric) if row else None for row in rows),
             tuple(paper.get(metric) for paper in papers),
         )
-        for metric in dict.fromkeys(metric for row in rows if row for metric in row.metrics)
+        for metric in metrics
     ]
 
 

@@ -72,15 +72,14 @@ def paper_values(model: str, name: str, task: str) -> dict[str, float]:
     """What the paper reports of an official model on a data set.
 
     Args:
-      model: its official name, or that in open_clip (`ViT-B-32`, `ViT-L-14-336`).
+      model: its official name.
       name: of the data set.
       task: as results call it, such as `zeroshot_classification`.
 
     Returns:
       the values by metric, as shares of 1; empty where the paper has none.
     """
-    tables = _TABLES["paper"].get(task, {})
-    own = next((table for official, table in tables.items() if _open_clip_name(official) == _open_clip_name(model)), {})
+    own = _TABLES["paper"].get(task, {}).get(model, {})
     values = own if isinstance(own, dict) else dict(zip(_IN_ORDER, own, strict=False))
     if name not in values:
         return {}
@@ -96,6 +95,9 @@ def known_name(name: str) -> str:
     return listed.get(name.removeprefix("wds/"), name)
 
 
-def _open_clip_name(model: str) -> str:
-    """`ViT-L-14-336` for `ViT-L/14@336px`."""
-    return model.removesuffix("-quickgelu").replace("/", "-").replace("@336px", "-336")
+def official_name(model: str, pretrained: str) -> str:
+    """An official model by its name, where CLIP_benchmark calls it as open_clip does: `ViT-L/14@336px`."""
+    if pretrained != "openai":
+        return model
+    names = {name.replace("/", "-").replace("@336px", "-336"): name for name in _TABLES["paper"]["linear_probe"]}
+    return names.get(model.removesuffix("-quickgelu"), model)

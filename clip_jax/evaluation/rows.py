@@ -10,14 +10,15 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from clip_jax.data.checked import read_file
 from clip_jax.errors import UserError
-from clip_jax.evaluation.registry import paper_values
+from clip_jax.evaluation.registry import known_name, official_name, paper_values
 from clip_jax.options import from_dict
 
 if TYPE_CHECKING:
     from clip_jax.evaluation.tasks import Result
 
 MISSING = "-"
-_SETTINGS = ("median_rank", "strength")  # parts of the names of what is no share of 1
+_NO_SHARES = ("median_rank", "strength")  # parts of the names of what is no share of 1
+_MOST_LETTERS = 1000  # of a name in a file
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,13 @@ class Row:
             if not math.isfinite(value):
                 raise UserError(f"{self.dataset}, {self.task}: expected a finite {name}, got {value}")
 
+    @property
+    def paper(self) -> dict[str, float]:
+        """The paper's values by metric, if it has any."""
+        if self.language != "en":
+            return {}
+        return paper_values(official_name(self.model, self.pretrained), known_name(self.dataset), self.task)
+
     def to_dict(self) -> dict[str, Any]:
         """One object of the list that CLIP_benchmark's tools read; for a classifier, what it was made of as well."""
         names = ("dataset", "model", "pretrained", "task", "language", "metrics")
@@ -76,10 +84,10 @@ def write_rows(path: str | Path, rows: Sequence[Row]) -> None:
     if path.suffix.lower() != ".csv":
         path.write_text(json.dumps(objects, indent=2, allow_nan=False) + "\n", encoding="utf-8")
         return
-    flat = [{**row, **row.pop("metrics")} for row in objects]
+    flat = [{**row, **row["metrics"]} for row in objects]
     names = dict.fromkeys([*Row.__dataclass_fields__, *(name for row in flat for name in row)])
     with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, [name for name in names if name != "metrics"], restval="")
+        writer = csv.DictWriter(file, [name for name in names if name != "metrics"], extrasaction="ignore")
         writer.writeheader()
         writer.writerows(flat)
 
@@ -108,7 +116,7 @@ def table(rows: Sequence[Row]) -> str:
     """Every metric of every row on a line, with the paper's value and the difference where the paper has one."""
     lines = [("data set", "task", "metric", "measured", "paper", "difference")]
     for row in rows:
-        paper = paper_values(row.model, row.dataset, row.task)
+        paper = row.paper
         for name, value in row.metrics.items():
             compared = (shown(name, paper[name]), difference(name, value - paper[name])) if name in paper else ("", "")
             lines.append((row.dataset, row.task, name, shown(name, value), *compared))
@@ -135,7 +143,7 @@ def difference(metric: str, value: float | None) -> str:
 
 def is_share(metric: str) -> bool:
     """Whether a metric is a share of 1, which people read in percent."""
-    return not any(part in metric for part in _SETTINGS)
+    return not any(part in metric for part in _NO_SHARES)
 
 
 def _read(values: Any, origin: str) -> Row:
@@ -144,7 +152,11 @@ def _read(values: Any, origin: str) -> Row:
         if isinstance(values.get("metrics"), Mapping):
             numbers = {name: value for name, value in values["metrics"].items() if type(value) in (int, float)}
             values = {**values, "metrics": numbers}
-    return from_dict(Row, values, origin)
+    row = from_dict(Row, values, origin)
+    for name in (row.dataset, row.model, row.pretrained, row.task, row.language, row.main_metric, *row.metrics):
+        if len(name) > _MOST_LETTERS or not name.isprintable():
+            raise UserError(f"{origin}: expected names of at most {_MOST_LETTERS} printable letters, got {name!r:.60}")
+    return row
 
 
 def _refuse(constant: str) -> NoReturn:
