@@ -85,19 +85,28 @@ def check_prompts(encoders: Encoders, dataset: EvaluationSet) -> None:
 
 
 def zero_shot_classifier(
-    encoders: Encoders, variables: Variables, class_names: Sequence[str], templates: Sequence[str]
+    encoders: Encoders, variables: Variables, class_names: Sequence[str], templates: Sequence[str], bar: str = ""
 ) -> Float[np.ndarray, "classes embed_dim"]:
     """One unit vector per class: embed every prompt, normalise, average over the prompts, normalise again.
+
+    Args:
+      encoders: of the model.
+      variables: its weights.
+      class_names: to be put into the templates.
+      templates: sentences.
+      bar: what a progress bar says; "" shows none.
 
     Raises:
       UserError: a prompt is longer than the model's context.
     """
-    features = encoders.encode_tokens(variables, prompt_tokens(encoders, class_names, templates))
+    features = encoders.encode_tokens(variables, prompt_tokens(encoders, class_names, templates), bar)
     means = features.reshape(len(class_names), len(templates), -1).mean(axis=1)
     return np.asarray(normalize(jnp.asarray(means)))
 
 
-MakeClassifier = Callable[[Encoders, Variables, Sequence[str], Sequence[str]], Float[np.ndarray, "classes embed_dim"]]
+MakeClassifier = Callable[
+    [Encoders, Variables, Sequence[str], Sequence[str], str], Float[np.ndarray, "classes embed_dim"]
+]
 
 
 def zero_shot(
@@ -113,14 +122,15 @@ def zero_shot(
       encoders: of the model.
       variables: its weights.
       dataset: labelled images, class names and templates.
-      progress: show a bar.
+      progress: show bars.
       make_classifier: of class names and templates; one that keeps classifiers, say.
 
     Raises:
       UserError: a prompt that does not fit, an image that cannot be read, a missing label, scores that are not finite.
     """
     check_prompts(encoders, dataset)
-    classifier = make_classifier(encoders, variables, dataset.class_names, dataset.templates)
+    bar = f"{dataset.name}, prompts" if progress else ""
+    classifier = make_classifier(encoders, variables, dataset.class_names, dataset.templates, bar)
     several = len(dataset.class_names) if dataset.metric == SEVERAL_CLASSES else 0
     bar = dataset.name if progress else ""
     images = encode_examples(encoders.encode_images, variables, dataset.source, encoders.preprocess, bar, several)

@@ -43,9 +43,9 @@ def made(monkeypatch):
     """Of how many class names a classifier was made."""
     counts = []
 
-    def counting(encoders, variables, names, templates):
+    def counting(encoders, variables, names, templates, bar):
         counts.append(len(names))
-        return zero_shot_classifier(encoders, variables, names, templates)
+        return zero_shot_classifier(encoders, variables, names, templates, bar)
 
     monkeypatch.setattr(module, "zero_shot_classifier", counting)
     return counts
