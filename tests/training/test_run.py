@@ -62,12 +62,12 @@ def test_the_augmentation_of_the_config_is_applied(undisturbed, tmp_path):
 
 
 def test_evaluation_does_not_disturb_the_order_of_the_data(undisturbed, tmp_path):
-    run(config_of(eval_every=1, total_steps=4), str(tmp_path), zero_shot_evaluation)
+    run(config_of(eval_every=2), str(tmp_path), zero_shot_evaluation)
     lines = read_metrics(tmp_path)
     losses = {line["step"]: line["loss"] for line in lines if "loss" in line}
-    assert len([line for line in lines if "eval/digits/acc1" in line]) == 4
+    assert len([line for line in lines if "eval/digits/acc1" in line]) == 3
     expected = {line["step"]: line["loss"] for line in read_metrics(undisturbed[0])}
-    assert losses == {step: expected[step] for step in losses} and set(losses) == {1, 2, 4}
+    assert losses == expected and set(losses) == {1, 2, 4, 6}
 
 
 def test_a_run_writes_metrics_checkpoints_and_its_configuration(undisturbed):
