@@ -23,12 +23,12 @@ from etils import epath
 
 from clip_jax import model_folder
 from clip_jax.digests import digest, digests
+from clip_jax.distributed import on_first_process, refused_by_any
 from clip_jax.errors import DamagedFile, RunStopped, UserError
 from clip_jax.model_folder import VARIABLES
 from clip_jax.options import to_dict
 from clip_jax.sealed_json import check_seal, read_object, sealed
 from clip_jax.training.config import RunConfig
-from clip_jax.training.distributed import on_first_process, refused_by_any
 from clip_jax.training.manifest import MANIFEST, check_manifest, file_names, write_manifest
 from clip_jax.training.state import TrainState
 from clip_jax.workdir import CHECKPOINTS, absolute, best_step
