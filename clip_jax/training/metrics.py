@@ -1,6 +1,7 @@
 """Where a run's numbers go: WORKDIR/metrics.jsonl and TensorBoard events beside it."""
 
 import json
+import math
 from collections.abc import Mapping
 
 from tensorboardX import SummaryWriter
@@ -25,9 +26,10 @@ class MetricsWriter:
         self._events = SummaryWriter(str(root), purge_step=start_step + 1)
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Append one line and the same values as TensorBoard scalars."""
+        """Append one line, and the same values as TensorBoard scalars; what is not finite is left out of both."""
+        metrics = {key: value for key, value in metrics.items() if math.isfinite(value)}
         with self._path.open("a") as file:
-            file.write(json.dumps({"step": step, **metrics}) + "\n")
+            file.write(json.dumps({"step": step, **metrics}, allow_nan=False) + "\n")
         for key, value in metrics.items():
             self._events.add_scalar(key if "/" in key else f"train/{key}", value, step)
 

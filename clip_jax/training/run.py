@@ -3,6 +3,8 @@
 import logging
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, closing
+from dataclasses import replace
+from functools import partial
 
 import jax
 
@@ -11,15 +13,19 @@ from clip_jax.data.reader import Mixture, TrainReader
 from clip_jax.data.sources import make_sources
 from clip_jax.options import from_dict, to_dict
 from clip_jax.processing import Preprocess, make_tokenizer
+from clip_jax.training.bad_numbers import BadNumbers, report_batch
 from clip_jax.training.checkpoint import Checkpoints, has_checkpoint, make_workdir, read_config, write_config
+from clip_jax.training.clock import Clock
 from clip_jax.training.config import RunConfig, check_same_run, make_training
 from clip_jax.training.distributed import on_first_process
+from clip_jax.training.guard import initial_guard
 from clip_jax.training.hooks import Evaluate, Log, Save
 from clip_jax.training.loop import Hook, every, on_devices, train
 from clip_jax.training.metrics import MetricsWriter
 from clip_jax.training.optimizer import learning_rate_schedule
 from clip_jax.training.state import Training, TrainState, abstract_state, initial_state
 from clip_jax.training.step import make_train_step
+from clip_jax.training.watch import Watch
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +43,7 @@ def run(config: RunConfig, workdir: str, make_evaluate: MakeEvaluate | None = No
     Raises:
       UserError: an impossible configuration, missing data, or a workdir that holds another run or cannot be written to.
     """
+    clock = Clock()
     previous = read_config(workdir)
     if previous is not None and has_checkpoint(workdir):
         check_same_run(config, from_dict(type(config), previous, f"{workdir}/config.json"))
@@ -53,8 +60,10 @@ def run(config: RunConfig, workdir: str, make_evaluate: MakeEvaluate | None = No
         hosts = jax.process_index(), jax.process_count()
         batches = open_things.enter_context(closing(TrainBatches(reader, config.input, int(state.step), *hosts)))
         writer = on_first_process(lambda: MetricsWriter(workdir, int(state.step)))
-        hooks = _hooks(config, writer, checkpoints, batches, evaluate)
-        return train(state, train_step, on_devices(batches, training.partitioner), config.total_steps, hooks)
+        hooks = _hooks(config, writer, checkpoints, batches, evaluate, clock)
+        report = partial(report_batch, workdir, replace(reader, skip=batches.skips))
+        hooks = [BadNumbers(config.guard.max_skipped, report), *hooks, Watch(clock, config.stall_seconds)]
+        return train(state, train_step, on_devices(batches, training.partitioner), config.total_steps, hooks, clock)
 
 
 def make_reader(config: RunConfig) -> TrainReader:
@@ -73,7 +82,10 @@ def _state(checkpoints: Checkpoints, training: Training, seed: int) -> TrainStat
     if checkpoints.latest_step() is None:
         return initial_state(training, seed)
     logger.info("resuming from step %d", checkpoints.latest_step())
-    return checkpoints.restore(abstract_state(training))
+    state = checkpoints.restore(abstract_state(training))
+    if state.guard is not None:
+        return state
+    return state.replace(guard=jax.device_put(initial_guard(training.guard), training.partitioner.replicated))
 
 
 def _hooks(
@@ -82,10 +94,11 @@ def _hooks(
     checkpoints: Checkpoints,
     batches: TrainBatches,
     evaluate: Callable[[TrainState], Mapping[str, float]] | None,
+    clock: Clock,
 ) -> list[Hook]:
     schedule = learning_rate_schedule(config.optimizer, config.total_steps)
-    log = Log(writer, config.log_every, config.total_steps, config.batch_size, schedule, batches)
-    hooks = [log, every(config.checkpoint_every, Save(checkpoints, log))]
+    log = Log(writer, config.log_every, config.total_steps, config.batch_size, schedule, batches, clock)
+    hooks = [log, Save(checkpoints, config.checkpoint_every, log, clock)]
     if evaluate is not None:
-        hooks.append(every(config.eval_every, Evaluate(evaluate, log)))
+        hooks.append(every(config.eval_every, Evaluate(evaluate, log, clock)))
     return hooks
