@@ -23,6 +23,7 @@ from clip_jax.errors import UserError
 from clip_jax.evaluation import prompts
 from clip_jax.evaluation.datasets import accepted_names, evaluation_set, expanded
 from clip_jax.evaluation.registry import paper_value
+from clip_jax.platform import keep_compiled_programs
 from clip_jax.weights import available_models
 
 
@@ -56,6 +57,7 @@ def main(argv: Sequence[str]) -> int:
     )
     parser.add_argument("--labels", metavar="A,B,C", help="texts to compare --images with, as 'a cup,not a cup'")
     flags, config = cli.parse(parser, argv, needs_config=False)
+    keep_compiled_programs()
     weights = flags.weights or official_name(config)
     if flags.images or flags.labels:
         classify_images(flags, config, weights)

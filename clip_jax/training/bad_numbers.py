@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import NoReturn
 
 import jax
 import numpy as np
@@ -14,6 +15,7 @@ from etils import epath
 from clip_jax.data.reader import TrainReader
 from clip_jax.errors import RunStopped, UserError
 from clip_jax.platform import usable_cores
+from clip_jax.training.checkpoint import Checkpoints
 from clip_jax.training.loop import Hook, Step
 from clip_jax.workdir import absolute, write_whole
 
@@ -25,35 +27,37 @@ class BadNumbers(Hook):
 
     Args:
       max_skipped: steps in a row at which the run stops.
+      checkpoints: if there is none by then, the state as it is becomes the first.
       report: lists the samples of a step, and says where.
 
     Raises:
       RunStopped: so many steps in a row were skipped.
     """
 
-    def __init__(self, max_skipped: int, report: Callable[[int], str]):
-        self._max_skipped, self._report = max_skipped, report
+    def __init__(self, max_skipped: int, checkpoints: Checkpoints, report: Callable[[int], str]):
+        self._max_skipped, self._checkpoints, self._report = max_skipped, checkpoints, report
         self._pending: Step | None = None
 
     def step(self, step: Step) -> None:
         for taken in (self._pending, step if step.last else None):
-            if taken is not None:
-                self._check(taken)
+            if taken is not None and self._too_many(taken):
+                if self._checkpoints.latest_step() is None:
+                    self._checkpoints.save(step.number, step.state)
+                self._stop(taken)
         self._pending = step
 
-    def _check(self, step: Step) -> None:
+    def _too_many(self, step: Step) -> bool:
         in_a_row = int(step.metrics["skipped_in_a_row"])
-        if not in_a_row:
-            return
-        logger.warning("step %d is skipped, %d in a row: %s", step.number, in_a_row, _why(step))
-        if in_a_row < self._max_skipped:
-            return
-        first = step.number - in_a_row + 1
+        if in_a_row:
+            logger.warning("step %d is skipped, %d in a row: %s", step.number, in_a_row, _why(step))
+        return in_a_row >= self._max_skipped
+
+    def _stop(self, step: Step) -> NoReturn:
+        first = step.number - int(step.metrics["skipped_in_a_row"]) + 1
         where = self._report(first) if jax.process_index() == 0 else "process 0 says which samples they began with"
         raise RunStopped(
             f"steps {first} to {step.number} were skipped for bad numbers, the last one for its {_why(step)}; the "
-            f"checkpoints in the workdir are of before and finite; {where}; mend the data, or begin another run with a "
-            "lower learning rate"
+            f"checkpoints hold finite numbers only; {where}; mend the data, or lower the learning rate in another run"
         )
 
 

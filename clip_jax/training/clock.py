@@ -4,7 +4,7 @@ import queue
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from typing import Any
 
@@ -54,8 +54,8 @@ class Clock:
             self._in_flight.put(None)
 
     def take(
-        self, train_step: Callable[..., tuple[TrainState, Mapping[str, jax.Array]]], state: TrainState, batch: Any
-    ) -> tuple[TrainState, Mapping[str, jax.Array]]:
+        self, train_step: Callable[..., tuple[TrainState, Any]], state: TrainState, batch: Any
+    ) -> tuple[TrainState, Any]:
         """What `train_step` returns; the first call compiles it."""
         with nullcontext() if self._taken else self.during(COMPILE):
             state, metrics = train_step(state, batch)

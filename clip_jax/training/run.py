@@ -3,7 +3,6 @@
 import logging
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, closing
-from dataclasses import replace
 from functools import partial
 
 import jax
@@ -42,6 +41,7 @@ def run(config: RunConfig, workdir: str, make_evaluate: MakeEvaluate | None = No
 
     Raises:
       UserError: an impossible configuration, missing data, or a workdir that holds another run or cannot be written to.
+      RunStopped: too many steps in a row had bad numbers.
     """
     clock = Clock()
     previous = read_config(workdir)
@@ -60,9 +60,7 @@ def run(config: RunConfig, workdir: str, make_evaluate: MakeEvaluate | None = No
         hosts = jax.process_index(), jax.process_count()
         batches = open_things.enter_context(closing(TrainBatches(reader, config.input, int(state.step), *hosts)))
         writer = on_first_process(lambda: MetricsWriter(workdir, int(state.step)))
-        hooks = _hooks(config, writer, checkpoints, batches, evaluate, clock)
-        report = partial(report_batch, workdir, replace(reader, skip=batches.skips))
-        hooks = [BadNumbers(config.guard.max_skipped, report), *hooks, Watch(clock, config.stall_seconds)]
+        hooks = _hooks(config, workdir, writer, checkpoints, batches, evaluate, clock)
         return train(state, train_step, on_devices(batches, training.partitioner), config.total_steps, hooks, clock)
 
 
@@ -90,6 +88,7 @@ def _state(checkpoints: Checkpoints, training: Training, seed: int) -> TrainStat
 
 def _hooks(
     config: RunConfig,
+    workdir: str,
     writer: MetricsWriter | None,
     checkpoints: Checkpoints,
     batches: TrainBatches,
@@ -98,7 +97,9 @@ def _hooks(
 ) -> list[Hook]:
     schedule = learning_rate_schedule(config.optimizer, config.total_steps)
     log = Log(writer, config.log_every, config.total_steps, config.batch_size, schedule, batches, clock)
-    hooks = [log, Save(checkpoints, config.checkpoint_every, log, clock)]
+    bad_numbers = BadNumbers(config.guard.max_skipped, checkpoints, partial(report_batch, workdir, batches.reader))
+    save = Save(checkpoints, config.checkpoint_every, log, clock)
+    hooks = [log, bad_numbers, save, Watch(clock, config.stall_seconds)]
     if evaluate is not None:
         hooks.append(every(config.eval_every, Evaluate(evaluate, log, clock)))
     return hooks
