@@ -65,7 +65,7 @@ def _why(step: Step) -> str:
     loss, grad_norm = (float(step.metrics[name]) for name in ("loss", "grad_norm"))
     words = f"loss {loss:g}, gradient norm {grad_norm:g}"
     finite = math.isfinite(loss) and math.isfinite(grad_norm)
-    return f"{words}, a spike or an update out of float32's range" if finite else words
+    return f"{words}, a spike or one that leads to what is not finite" if finite else words
 
 
 def report_batch(workdir: epath.PathLike, reader: TrainReader, step: int) -> str:

@@ -8,7 +8,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Bool, Float, Int32
+from jaxtyping import Array, Bool, Float
 
 from clip_jax.errors import UserError
 from clip_jax.options import option
@@ -38,15 +38,15 @@ class GuardState:
     """What is carried from step to step to judge the next one.
 
     Attributes:
-      skipped: int32, how many steps of the run were skipped.
-      skipped_in_a_row: int32, how many of them since the last accepted one.
-      recent: float32, loss and gradient norm of the last accepted steps, the newest last, and NaN where there were none
-        yet; None if nothing is a spike.
+      skipped: int32 scalar, how many steps of the run were skipped.
+      skipped_in_a_row: int32 scalar, how many of them since the last accepted one.
+      recent: float32 (2, window), loss and gradient norm of the last accepted steps, the newest last, NaN where there
+        were none yet; None if nothing is a spike.
     """
 
-    skipped: Int32[Array, ""] | Any
-    skipped_in_a_row: Int32[Array, ""] | Any
-    recent: Float[Array, "2 window"] | Any
+    skipped: Any
+    skipped_in_a_row: Any
+    recent: Any
 
 
 def initial_guard(config: GuardConfig) -> GuardState:
