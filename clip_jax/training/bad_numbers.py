@@ -15,7 +15,7 @@ from etils import epath
 from clip_jax.data.reader import TrainReader
 from clip_jax.errors import RunStopped, UserError
 from clip_jax.platform import usable_cores
-from clip_jax.training.checkpoint import Checkpoints
+from clip_jax.training.checkpoints import Checkpoints
 from clip_jax.training.loop import Hook, Step
 from clip_jax.workdir import absolute, write_whole
 

@@ -11,9 +11,10 @@ from tqdm import tqdm
 
 from clip_jax.data.damage import REASONS
 from clip_jax.data.pipeline import TrainBatches
-from clip_jax.training.checkpoint import Checkpoints
+from clip_jax.training.checkpoints import Checkpoints
 from clip_jax.training.clock import CHECKPOINT, EVALUATION, Clock
 from clip_jax.training.distributed import sum_over_hosts
+from clip_jax.training.lock import Lock
 from clip_jax.training.loop import Hook, Step
 from clip_jax.training.metrics import MetricsWriter
 from clip_jax.training.state import TrainState
@@ -131,10 +132,29 @@ class Save(Hook):
     def step(self, step: Step) -> None:
         self._due |= step.number % self._steps == 0
         if step.last or (self._due and not int(step.metrics["skipped_in_a_row"])):
-            self._due = False
-            self._log.flush()
-            with self._clock.during(CHECKPOINT):
-                self._checkpoints.save(step.number, step.state)
+            self._write(step)
+
+    def now(self, step: Step) -> None:
+        """Write a checkpoint and wait until it is complete."""
+        self._write(step)
+        with self._clock.during(CHECKPOINT):
+            self._checkpoints.wait()
+
+    def _write(self, step: Step) -> None:
+        self._due = False
+        self._log.flush()
+        with self._clock.during(CHECKPOINT):
+            self._checkpoints.save(step.number, step.state)
+
+
+class Hold(Hook):
+    """See, before anything is written about a step, that the workdir is still this run's."""
+
+    def __init__(self, lock: Lock):
+        self._lock = lock
+
+    def step(self, step: Step) -> None:
+        self._lock.check()
 
 
 class Evaluate(Hook):

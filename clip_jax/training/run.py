@@ -13,15 +13,18 @@ from clip_jax.data.sources import make_sources
 from clip_jax.options import from_dict, to_dict
 from clip_jax.processing import Preprocess, make_tokenizer
 from clip_jax.training.bad_numbers import BadNumbers, report_batch
-from clip_jax.training.checkpoint import Checkpoints, has_checkpoint, make_workdir, read_config, write_config
+from clip_jax.training.checkpoints import Checkpoints
 from clip_jax.training.clock import Clock
 from clip_jax.training.config import RunConfig, check_same_run, make_training
 from clip_jax.training.distributed import on_first_process
 from clip_jax.training.guard import initial_guard
-from clip_jax.training.hooks import Evaluate, Log, Save
+from clip_jax.training.hooks import Evaluate, Hold, Log, Save
+from clip_jax.training.lock import Lock
 from clip_jax.training.loop import Hook, every, on_devices, train
 from clip_jax.training.metrics import MetricsWriter
 from clip_jax.training.optimizer import learning_rate_schedule
+from clip_jax.training.preemption import Preemption
+from clip_jax.training.run_config import config_to_continue, make_workdir, write_config
 from clip_jax.training.state import Training, TrainState, abstract_state, initial_state
 from clip_jax.training.step import make_train_step
 from clip_jax.training.watch import Watch
@@ -44,9 +47,7 @@ def run(config: RunConfig, workdir: str, make_evaluate: MakeEvaluate | None = No
       RunStopped: too many steps in a row had bad numbers.
     """
     clock = Clock()
-    previous = read_config(workdir)
-    if previous is not None and has_checkpoint(workdir):
-        check_same_run(config, from_dict(type(config), previous, f"{workdir}/config.json"))
+    _check_workdir(config, workdir)
     training = make_training(config)
     training.partitioner.check_batch_size(config.batch_size, config.microbatches, jax.process_count())
     train_step = make_train_step(training)
@@ -54,14 +55,31 @@ def run(config: RunConfig, workdir: str, make_evaluate: MakeEvaluate | None = No
     evaluate = make_evaluate(config, training) if make_evaluate else None
     on_first_process(lambda: make_workdir(workdir))
     with ExitStack() as open_things:
-        checkpoints = open_things.enter_context(closing(Checkpoints(workdir, config.model)))
+        lock = on_first_process(lambda: open_things.enter_context(closing(Lock(workdir))))
+        checkpoints = open_things.enter_context(closing(Checkpoints(workdir, config)))
         state = _state(checkpoints, training, config.seed)
         write_config(workdir, to_dict(config))
         hosts = jax.process_index(), jax.process_count()
         batches = open_things.enter_context(closing(TrainBatches(reader, config.input, int(state.step), *hosts)))
         writer = on_first_process(lambda: MetricsWriter(workdir, int(state.step)))
-        hooks = _hooks(config, workdir, writer, checkpoints, batches, evaluate, clock)
+        hooks = [Hold(lock)] if lock else []
+        hooks += _hooks(config, workdir, writer, checkpoints, batches, evaluate, clock)
         return train(state, train_step, on_devices(batches, training.partitioner), config.total_steps, hooks, clock)
+
+
+def _check_workdir(config: RunConfig, workdir: str) -> None:
+    """See that `workdir` holds no other run, and say so if it holds a shorter one."""
+    values = config_to_continue(workdir)
+    if values is None:
+        return
+    previous = from_dict(type(config), values, f"{workdir}/config.json")
+    check_same_run(config, previous)
+    if config.total_steps > previous.total_steps:
+        logger.info(
+            "the run goes on to step %d instead of %d: from here on the learning rate follows the longer schedule",
+            config.total_steps,
+            previous.total_steps,
+        )
 
 
 def make_reader(config: RunConfig) -> TrainReader:
@@ -77,13 +95,14 @@ def make_reader(config: RunConfig) -> TrainReader:
 
 def _state(checkpoints: Checkpoints, training: Training, seed: int) -> TrainState:
     """The newest checkpoint's, or a fresh one."""
-    if checkpoints.latest_step() is None:
+    restored = checkpoints.restore(abstract_state(training))
+    if restored is None:
         return initial_state(training, seed)
-    logger.info("resuming from step %d", checkpoints.latest_step())
-    state = checkpoints.restore(abstract_state(training))
-    if state.guard is not None:
-        return state
-    return state.replace(guard=jax.device_put(initial_guard(training.guard), training.partitioner.replicated))
+    logger.info("resuming from step %d", int(restored.step))
+    if all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(restored.guard)):
+        return restored
+    # Checkpoints of before the guard have none.
+    return restored.replace(guard=jax.device_put(initial_guard(training.guard), training.partitioner.replicated))
 
 
 def _hooks(
@@ -102,4 +121,4 @@ def _hooks(
     hooks = [log, bad_numbers, save, Watch(clock, config.stall_seconds)]
     if evaluate is not None:
         hooks.append(every(config.eval_every, Evaluate(evaluate, log, clock)))
-    return hooks
+    return [*hooks, Preemption(save)]

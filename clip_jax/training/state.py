@@ -55,7 +55,7 @@ class TrainState:
     params: Any
     batch_stats: Any
     opt_state: Any
-    guard: Any = None
+    guard: Any
 
     @property
     def variables(self) -> dict[str, Any]:

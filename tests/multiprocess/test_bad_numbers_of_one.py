@@ -17,7 +17,7 @@ def test_both_processes_skip_what_is_bad_on_one(tmp_path):
         )
         for index in range(2)
     ]  # fmt: skip
-    ended = [process.communicate(timeout=300) for process in processes]
+    ended = [process.communicate(timeout=400) for process in processes]
     assert [process.returncode for process in processes] == [0, 0], ended[0][1][-3000:] + ended[1][1][-3000:]
     first, second = (output.splitlines()[-1].split() for output, _ in ended)  # after what gloo says
     assert first[:2] == ["3", "1"]

@@ -14,7 +14,7 @@ from clip_jax.training.loop import train
 from clip_jax.training.state import TrainState
 from clip_jax.training.watch import Watch
 
-STATE = TrainState(jnp.int32(0), {}, {}, ())
+STATE = TrainState(jnp.int32(0), {}, {}, (), None)
 DEADLINE = 60  # seconds, for what takes a fraction of one
 
 
