@@ -2,6 +2,7 @@
 
 import json
 import logging
+import shutil
 
 import jax
 import numpy as np
@@ -33,7 +34,8 @@ def strict_lines(workdir):
 
 def test_a_run_goes_on_after_a_bad_batch(tmp_path, monkeypatch, caplog):
     black_images_are_nan(monkeypatch)
-    config = config_of(data=dark_data(0, SIZE, [position(3, 5)]), log_every=1, checkpoint_every=3)
+    guard = GuardConfig(spike_sigma=100.0, spike_window=2)
+    config = config_of(data=dark_data(0, SIZE, [position(3, 5)]), log_every=1, checkpoint_every=3, guard=guard)
     with caplog.at_level(logging.WARNING, "clip_jax"):
         state = run(config, str(tmp_path))
     assert int(state.step) == 6 and all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state))
@@ -51,6 +53,23 @@ def test_a_run_goes_on_after_a_bad_batch(tmp_path, monkeypatch, caplog):
     assert [line["learning_rate"] for line in lines] == [float(schedule(update)) for update in (0, 1, 1, 2, 3, 4)]
     # The checkpoint that was due at the skipped step waits for the next accepted one.
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["4", "6"]
+    check_resumes(tmp_path, config, state)
+
+
+def check_resumes(workdir, config, state):
+    """Counts and window are restored with the rest; a checkpoint of before there were any begins them anew."""
+    shutil.rmtree(workdir / "checkpoints" / "6")
+    resumed = run(config, str(workdir))
+    for got, want in zip(jax.tree.leaves(resumed), jax.tree.leaves(state), strict=True):
+        np.testing.assert_array_equal(got, want)
+    shutil.rmtree(workdir / "checkpoints" / "6")
+    for name in ("guard", "run"):
+        shutil.rmtree(workdir / "checkpoints" / "4" / name)
+    (workdir / "checkpoints" / "4" / "files.json").unlink()
+    resumed = run(config, str(workdir))
+    for got, want in zip(jax.tree.leaves(resumed.params), jax.tree.leaves(state.params), strict=True):
+        np.testing.assert_array_equal(got, want)
+    assert int(resumed.guard.skipped) == 0
 
 
 def test_lasting_bad_numbers_stop_the_run_and_cost_no_checkpoint(tmp_path, monkeypatch):
