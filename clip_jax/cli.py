@@ -181,3 +181,5 @@ def _say_events() -> None:
     logger.setLevel(logging.INFO)
     logger.addHandler(BesideTheBar())
     logger.propagate = False
+    # Orbax logs tracebacks of what it raises as well; we say it in one line.
+    logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname)
