@@ -25,6 +25,7 @@ from clip_jax.errors import UserError
 from clip_jax.evaluation import prompts
 from clip_jax.evaluation.datasets import accepted_names, evaluation_set, expanded
 from clip_jax.evaluation.rows import row_of, table, write_rows
+from clip_jax.platform import keep_compiled_programs
 from clip_jax.weights import available_models
 from clip_jax.workdir import BEST, read_metrics
 
@@ -65,6 +66,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--labels", metavar="A,B,C", help="texts to compare --images with, as 'a cup,not a cup'")
     cli.add_process_flags(parser)
     flags, config = cli.parse(parser, argv, needs_config=False)
+    keep_compiled_programs()
     weights = flags.weights or official_name(config)
     cli.join_processes(flags)
     if flags.images or flags.labels:

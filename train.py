@@ -15,6 +15,7 @@ from typing import Any
 import installed  # noqa: F401  (first: it says what to do where the requirements are missing)
 from clip_jax import cli
 from clip_jax.errors import UserError
+from clip_jax.platform import keep_compiled_programs
 
 
 def main(argv: Sequence[str]) -> None:
@@ -49,6 +50,7 @@ def main(argv: Sequence[str]) -> None:
         return
     from clip_jax.training.run import run
 
+    keep_compiled_programs()
     cli.join_processes(flags)
     run(config, flags.workdir, zero_shot_evaluation if config.eval_datasets else None)
 

@@ -67,6 +67,7 @@ class TrainBatches:
     Attributes:
       waited: seconds that `next` has taken.
       skips: whether damage is skipped rather than an error.
+      reader: what reads, with or without skipping damage.
       damage: the damaged samples and shards so far, counted by reason.
 
     Raises:
@@ -87,7 +88,7 @@ class TrainBatches:
         if remainder or not self._size:
             raise UserError(f"batch_size {batch_size} does not divide by the number of hosts, {process_count}")
         self.skips = config.on_damage == "skip"
-        reader = dataclasses.replace(reader, skip=self.skips)
+        self.reader = reader = dataclasses.replace(reader, skip=self.skips)
         self.waited, self.damage = 0.0, _damage_of_sources(reader)
         if process_index:  # what every host finds when it opens the sources counts once
             self.damage.clear()

@@ -17,9 +17,11 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
+from jaxtyping import Array, Bool
 
 from clip_jax import model_folder
 from clip_jax.digests import digest, digests
@@ -69,12 +71,15 @@ class Checkpoints:
         return self._manager.latest_step()
 
     def save(self, step: int, state: TrainState) -> None:
-        """Write `state` as the checkpoint of `step`, unless it is there already.
+        """Write `state` as the checkpoint of `step`, unless it is there already or has numbers that are not finite.
 
         Raises:
           RunStopped: it, or the one before, cannot be written.
         """
         if step == self.latest_step():
+            return
+        if not _is_finite(state):
+            logger.warning("step %d is not saved: it has numbers that are not finite", step)
             return
         rest = _rest(state)
         items = {
@@ -334,6 +339,13 @@ def _check_shapes(stored: Any, expected: Any, folder: epath.Path) -> None:
 def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return {jax.tree_util.keystr(path, simple=True, separator="/"): tuple(leaf.shape) for path, leaf in leaves}
+
+
+@jax.jit
+def _is_finite(state: TrainState) -> Bool[Array, ""]:
+    """Of the model and the optimizer's state; the guard uses NaN for what is not there yet."""
+    leaves = jax.tree.leaves((state.params, state.batch_stats, state.opt_state))
+    return jnp.stack([jnp.isfinite(leaf).all() for leaf in leaves]).all()
 
 
 def _move(folder: epath.Path, target: epath.Path) -> None:

@@ -15,6 +15,7 @@ from clip_jax.models import CLIP, CLIPConfig, Execution
 from clip_jax.options import inline, kept_values, option
 from clip_jax.parallel import MeshConfig, make_partitioner
 from clip_jax.processing import Augment
+from clip_jax.training.guard import GuardConfig
 from clip_jax.training.optimizer import OptimizerConfig, make_optimizer
 from clip_jax.training.state import Training
 
@@ -38,10 +39,14 @@ class RunConfig:
     loss_tile: int = option(1024, "rows of the similarity matrix in memory at a time, at most", may_change=True)
     execution: Execution = inline(Execution())
     optimizer: OptimizerConfig = option(OptimizerConfig(), "AdamW")
+    guard: GuardConfig = option(GuardConfig(), "which steps are skipped, and when the run stops for them")
     mesh: MeshConfig = option(MeshConfig(), "devices of a slice along each axis")
     log_every: int = option(100, "steps between lines of metrics", may_change=True)
     eval_every: int = option(10_000, "steps between evaluations", may_change=True)
     checkpoint_every: int = option(5_000, "steps between checkpoints", may_change=True)
+    stall_seconds: float = option(
+        600.0, "without a step at which an alarm says what each thread is doing; ten times that for anything else", True
+    )
     keep_checkpoints: int = option(3, "how many of the newest to keep, beside the best", may_change=True)
     keep_every: int = option(0, "keep a checkpoint every so many steps for good; 0 keeps none", may_change=True)
 
@@ -56,6 +61,8 @@ class RunConfig:
         for name in ("microbatches", "loss_tile", "keep_checkpoints", *steps):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not self.stall_seconds > 0:
+            raise UserError(f"stall_seconds must be above 0, got {self.stall_seconds}")
         if self.keep_every < 0:
             raise UserError(f"keep_every must be at least 0, got {self.keep_every}")
 
@@ -73,6 +80,7 @@ def make_training(config: RunConfig, devices: list[jax.Device] | None = None) ->
         loss=LOSSES[config.loss],
         loss_tile=config.loss_tile,
         microbatches=config.microbatches,
+        guard=config.guard,
     )
 
 

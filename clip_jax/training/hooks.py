@@ -13,6 +13,7 @@ from clip_jax.data.damage import REASONS
 from clip_jax.data.pipeline import TrainBatches
 from clip_jax.distributed import sum_over_hosts
 from clip_jax.training.checkpoints import Checkpoints
+from clip_jax.training.clock import CHECKPOINT, EVALUATION, Clock
 from clip_jax.training.lock import Lock
 from clip_jax.training.loop import Hook, Step
 from clip_jax.training.metrics import MetricsWriter
@@ -31,6 +32,7 @@ class Log(Hook):
       batch_size: global.
       learning_rate: the schedule.
       batches: the input, for the time spent waiting for it and the damage in it.
+      clock: for the shares of the time.
     """
 
     def __init__(
@@ -41,10 +43,11 @@ class Log(Hook):
         batch_size: int,
         learning_rate: Callable[[int], float],
         batches: TrainBatches,
+        clock: Clock,
     ):
         self._writer, self._log_every, self._batch_size = writer, log_every, batch_size
         self._total_steps, self._learning_rate = total_steps, learning_rate
-        self._batches = batches
+        self._batches, self._clock = batches, clock
         self._pending: Step | None = None
         self._damage: dict[str, int] = {}
 
@@ -78,13 +81,15 @@ class Log(Hook):
         if self._pending is None:
             return
         step, self._pending = self._pending, None
-        values = {key: float(value) for key, value in jax.device_get(step.metrics).items()}
+        values = {key: value.item() for key, value in jax.device_get(step.metrics).items()}
         now = time.perf_counter()
         rate = (step.number - self._marked_step) * self._batch_size / (now - self._marked)
         waited = (self._batches.waited - self._marked_wait) / (now - self._marked)
         self._mark(now, step.number)
-        learning_rate = float(self._learning_rate(step.number - 1))
+        # Of the newest update: the schedule counts updates, of which skipped steps make none.
+        learning_rate = float(self._learning_rate(step.number - values["skipped"] - 1))
         timing = {"examples_per_second": rate, "data_wait_fraction": waited, "seconds": now - self._began}
+        timing |= self._clock.shares()
         if self._writer is not None:
             self._writer.write(step.number, {**values, "learning_rate": learning_rate, **timing, **self._damage})
         temperature = np.exp(-values["logit_scale"])
@@ -108,24 +113,38 @@ class Log(Hook):
             self.flush()
         finally:
             self._bar.close()
+            logger.info("%s", self._clock.summary())
             if self._writer is not None:
                 self._writer.close()
 
 
 class Save(Hook):
-    """Write a checkpoint, after the log has written what belongs to it."""
+    """Write a checkpoint every so many steps and after the last, when the log has written what belongs to it.
 
-    def __init__(self, checkpoints: Checkpoints, log: Log):
-        self._checkpoints, self._log = checkpoints, log
+    Where that step was skipped it waits for the next accepted one: a series of skipped steps that ends a run must not
+    push out the checkpoints of before.
+    """
+
+    def __init__(self, checkpoints: Checkpoints, steps: int, log: Log, clock: Clock):
+        self._checkpoints, self._steps, self._log, self._clock = checkpoints, steps, log, clock
+        self._due = False
 
     def step(self, step: Step) -> None:
-        self._log.flush()
-        self._checkpoints.save(step.number, step.state)
+        self._due |= step.number % self._steps == 0
+        if step.last or (self._due and not int(step.metrics["skipped_in_a_row"])):
+            self._write(step)
 
     def now(self, step: Step) -> None:
         """Write a checkpoint and wait until it is complete."""
-        self.step(step)
-        self._checkpoints.wait()
+        self._write(step)
+        with self._clock.during(CHECKPOINT):
+            self._checkpoints.wait()
+
+    def _write(self, step: Step) -> None:
+        self._due = False
+        self._log.flush()
+        with self._clock.during(CHECKPOINT):
+            self._checkpoints.save(step.number, step.state)
 
 
 class Hold(Hook):
@@ -141,9 +160,11 @@ class Hold(Hook):
 class Evaluate(Hook):
     """Measure the state, and log what comes back under its own keys."""
 
-    def __init__(self, evaluate: Callable[[TrainState], Mapping[str, float]], log: Log):
-        self._evaluate, self._log = evaluate, log
+    def __init__(self, evaluate: Callable[[TrainState], Mapping[str, float]], log: Log, clock: Clock):
+        self._evaluate, self._log, self._clock = evaluate, log, clock
 
     def step(self, step: Step) -> None:
         self._log.flush()
-        self._log.evaluation(step.number, self._evaluate(step.state))
+        with self._clock.during(EVALUATION):
+            values = self._evaluate(step.state)
+        self._log.evaluation(step.number, values)

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 
 from clip_jax.parallel import Partitioner
+from clip_jax.training.clock import INPUT, Clock
 from clip_jax.training.state import TrainState
 
 HostBatch = Mapping[str, np.ndarray]
@@ -65,6 +66,7 @@ def train(
     batches: Iterator[Any],
     total_steps: int,
     hooks: Sequence[Hook],
+    clock: Clock,
 ) -> TrainState:
     """Run from `state.step` to `total_steps`; returns the last state.
 
@@ -74,13 +76,17 @@ def train(
       batches: global batches on the devices, from step `state.step` on.
       total_steps: of the whole run.
       hooks: called in this order after each step, and closed in reverse order.
+      clock: of the run; it learns what is input and what is compilation.
     """
     with ExitStack() as ends:
         for hook in hooks:
             hook.start(state)
             ends.callback(hook.end)
+        ends.enter_context(clock.stepping())
         for number in range(int(state.step) + 1, total_steps + 1):
-            state, metrics = train_step(state, next(batches))
+            with clock.during(INPUT):
+                batch = next(batches)
+            state, metrics = clock.take(train_step, state, batch)
             step = Step(number, state, metrics, last=number == total_steps)
             for hook in hooks:
                 hook.step(step)

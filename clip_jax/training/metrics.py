@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import tempfile
 from collections.abc import Mapping
 from contextlib import nullcontext
@@ -38,11 +39,12 @@ class MetricsWriter:
         self._events = _Events(root, start_step)
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Append one line and the same values as TensorBoard scalars.
+        """Append one line, and the same values as TensorBoard scalars; what is not finite is left out of both.
 
         Raises:
           RunStopped: the disk or bucket refuses it.
         """
+        metrics = {key: value for key, value in metrics.items() if math.isfinite(value)}
         line = _to_line({"step": step, **metrics})
         try:
             self._append(line)

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, closing
+from functools import partial
 
 import jax
 
@@ -12,8 +13,11 @@ from clip_jax.data.sources import make_sources
 from clip_jax.distributed import on_first_process
 from clip_jax.options import from_dict, to_dict
 from clip_jax.processing import Preprocess, make_tokenizer
+from clip_jax.training.bad_numbers import BadNumbers, report_batch
 from clip_jax.training.checkpoints import Checkpoints
+from clip_jax.training.clock import Clock
 from clip_jax.training.config import RunConfig, check_same_run, make_training
+from clip_jax.training.guard import initial_guard
 from clip_jax.training.hooks import Evaluate, Hold, Log, Save
 from clip_jax.training.lock import Lock
 from clip_jax.training.loop import Hook, every, on_devices, train
@@ -23,6 +27,7 @@ from clip_jax.training.preemption import Preemption
 from clip_jax.training.run_config import config_to_continue, make_workdir, write_config
 from clip_jax.training.state import Training, TrainState, abstract_state, initial_state
 from clip_jax.training.step import make_train_step
+from clip_jax.training.watch import Watch
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +44,9 @@ def run(config: RunConfig, workdir: str, make_evaluate: MakeEvaluate | None = No
 
     Raises:
       UserError: an impossible configuration, missing data, or a workdir that holds another run or cannot be written to.
+      RunStopped: too many steps in a row had bad numbers.
     """
+    clock = Clock()
     _check_workdir(config, workdir)
     training = make_training(config)
     training.partitioner.check_batch_size(config.batch_size, config.microbatches, jax.process_count())
@@ -56,8 +63,8 @@ def run(config: RunConfig, workdir: str, make_evaluate: MakeEvaluate | None = No
         batches = open_things.enter_context(closing(TrainBatches(reader, config.input, int(state.step), *hosts)))
         writer = on_first_process(lambda: MetricsWriter(workdir, int(state.step)))
         hooks = [Hold(lock)] if lock else []
-        hooks += _hooks(config, writer, checkpoints, batches, evaluate)
-        return train(state, train_step, on_devices(batches, training.partitioner), config.total_steps, hooks)
+        hooks += _hooks(config, workdir, writer, checkpoints, batches, evaluate, clock)
+        return train(state, train_step, on_devices(batches, training.partitioner), config.total_steps, hooks, clock)
 
 
 def _check_workdir(config: RunConfig, workdir: str) -> None:
@@ -92,20 +99,26 @@ def _state(checkpoints: Checkpoints, training: Training, seed: int) -> TrainStat
     if restored is None:
         return initial_state(training, seed)
     logger.info("resuming from step %d", int(restored.step))
-    return restored
+    if all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(restored.guard)):
+        return restored
+    # Checkpoints of before the guard have none.
+    return restored.replace(guard=jax.device_put(initial_guard(training.guard), training.partitioner.replicated))
 
 
 def _hooks(
     config: RunConfig,
+    workdir: str,
     writer: MetricsWriter | None,
     checkpoints: Checkpoints,
     batches: TrainBatches,
     evaluate: Callable[[TrainState], Mapping[str, float]] | None,
+    clock: Clock,
 ) -> list[Hook]:
     schedule = learning_rate_schedule(config.optimizer, config.total_steps)
-    log = Log(writer, config.log_every, config.total_steps, config.batch_size, schedule, batches)
-    save = Save(checkpoints, log)
-    hooks = [log, every(config.checkpoint_every, save)]
+    log = Log(writer, config.log_every, config.total_steps, config.batch_size, schedule, batches, clock)
+    bad_numbers = BadNumbers(config.guard.max_skipped, checkpoints, partial(report_batch, workdir, batches.reader))
+    save = Save(checkpoints, config.checkpoint_every, log, clock)
+    hooks = [log, bad_numbers, save, Watch(clock, config.stall_seconds)]
     if evaluate is not None:
-        hooks.append(every(config.eval_every, Evaluate(evaluate, log)))
+        hooks.append(every(config.eval_every, Evaluate(evaluate, log, clock)))
     return [*hooks, Preemption(save)]

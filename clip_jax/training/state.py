@@ -12,6 +12,7 @@ import optax
 from clip_jax.losses import SOFTMAX, Loss
 from clip_jax.models import CLIP, abstract_inputs
 from clip_jax.parallel import Partitioner
+from clip_jax.training.guard import GuardConfig, initial_guard
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,7 @@ class Training:
       loss_tile: rows of logits that a device holds at a time, at most.
       microbatches: pieces in which each device encodes its share of the batch. The loss is still one over the
         global batch, so the gradients do not depend on it (but BatchNorm's statistics do: see `encode`).
+      guard: which steps are skipped.
     """
 
     model: CLIP
@@ -34,6 +36,7 @@ class Training:
     loss: Loss = SOFTMAX
     loss_tile: int = 1024
     microbatches: int = 1
+    guard: GuardConfig = GuardConfig()
 
 
 @flax.struct.dataclass
@@ -41,16 +44,18 @@ class TrainState:
     """Plain arrays (or their shapes, shardings or specs), sharded by the rules of clip_jax/parallel.py.
 
     Attributes:
-      step: int32 scalar, how many updates have been made.
+      step: int32 scalar, how many batches have been seen; the updates are fewer by those that were skipped.
       params: the model's parameters, float32.
       batch_stats: running statistics of BatchNorm; empty for a ViT.
-      opt_state: the optimizer's moments.
+      opt_state: the optimizer's moments and its count of updates.
+      guard: what the next step is judged by, and how many were skipped.
     """
 
     step: Any
     params: Any
     batch_stats: Any
     opt_state: Any
+    guard: Any
 
     @property
     def variables(self) -> dict[str, Any]:
@@ -102,6 +107,7 @@ def _boxed_init(training: Training):
             params=params,
             batch_stats=variables.get("batch_stats", {}),
             opt_state=training.optimizer.init(params),
+            guard=initial_guard(training.guard),
         )
 
     return init

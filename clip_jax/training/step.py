@@ -6,22 +6,25 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, Int, UInt8
+from jaxtyping import Array, Float, Int, Shaped, UInt8
 
 from clip_jax.models import CLIP, normalize
 from clip_jax.parallel import Jitted, Partitioner
 from clip_jax.processing import Preprocess
+from clip_jax.training.guard import accepts, advance
 from clip_jax.training.state import Training, TrainState, state_shardings
 
 Batch = Mapping[str, Array]
-Metrics = dict[str, Float[Array, ""]]
+Metrics = dict[str, Shaped[Array, ""]]
 
 
 def make_train_step(training: Training) -> Jitted:
     """The jitted train step: (state, batch) -> (state, metrics); the old state's memory is reused.
 
     The batch holds `image`, uint8 (batch, R, R, 3), and `text`, int32 (batch, context_length), both split over
-    the batch axes of the mesh. Metrics are scalars in at least float32: loss, logit_scale (the parameter), grad_norm.
+    the batch axes of the mesh. Metrics are scalars: loss, logit_scale (the parameter) and grad_norm in at least
+    float32, and the counts of skipped steps. A step that `guard.accepts` rejects leaves parameters, statistics and the
+    optimizer's state, its count included, as they were.
 
     Raises:
       UserError: the model lacks a parameter of the loss.
@@ -37,10 +40,25 @@ def make_train_step(training: Training) -> Jitted:
             return loss.over_mesh(*features, params, partitioner, training.loss_tile), batch_stats
 
         (value, batch_stats), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
-        updates, opt_state = training.optimizer.update(grads, state.opt_state, state.params)
-        params = loss.bound(optax.apply_updates(state.params, updates))
-        metrics = {"loss": value, "logit_scale": params["logit_scale"], "grad_norm": optax.tree.norm(grads)}
-        return TrainState(state.step + 1, params, batch_stats, opt_state), metrics
+        grad_norm = optax.tree.norm(grads)
+        accepted = accepts(state.guard, training.guard, value, grad_norm, batch_stats)
+
+        def updated() -> tuple[Any, Any, Any]:
+            updates, opt_state = training.optimizer.update(grads, state.opt_state, state.params)
+            return loss.bound(optax.apply_updates(state.params, updates)), opt_state, batch_stats
+
+        # A branch, because choosing between the old and the new leaf by leaf would read and write them once more.
+        kept = state.params, state.opt_state, state.batch_stats
+        params, opt_state, batch_stats = jax.lax.cond(accepted, updated, lambda: kept)
+        guard = advance(state.guard, accepted, value, grad_norm)
+        metrics = {
+            "loss": value,
+            "logit_scale": params["logit_scale"],
+            "grad_norm": grad_norm,
+            "skipped": guard.skipped,
+            "skipped_in_a_row": guard.skipped_in_a_row,
+        }
+        return TrainState(state.step + 1, params, batch_stats, opt_state, guard), metrics
 
     shardings = state_shardings(training)
     return partitioner.jit(

@@ -10,8 +10,8 @@ ROOT = Path(__file__).parent.parent.parent
 
 
 def start(module, *arguments, **environment):
-    """`python -m tests.multiprocess.MODULE ARGUMENTS`, beginning."""
-    command = [sys.executable, "-m", f"tests.multiprocess.{module}", *map(str, arguments)]
+    """`python -m tests.MODULE ARGUMENTS`, beginning."""
+    command = [sys.executable, "-m", f"tests.{module}", *map(str, arguments)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
     pipe = subprocess.PIPE
     return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=pipe, stderr=pipe, text=True)

@@ -30,7 +30,9 @@ def together(tmp_path_factory):
     (folder / "damaged" / "red" / "9.png").write_bytes(b"no picture")
     coordinator = free_address()
     processes = [
-        start("evaluation_worker", coordinator, index, folder, CLIP_JAX_CACHE=str(folder / f"cache {index}"))
+        start(
+            "multiprocess.evaluation_worker", coordinator, index, folder, CLIP_JAX_CACHE=str(folder / f"cache {index}")
+        )
         for index in range(2)
     ]
     out = finish(*processes)

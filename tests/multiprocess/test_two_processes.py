@@ -16,9 +16,9 @@ from tests.multiprocess.processes import finish, free_address, start
 @pytest.fixture(scope="module")
 def workdirs(tmp_path_factory):
     alone, together = tmp_path_factory.mktemp("alone"), tmp_path_factory.mktemp("together")
-    finish(start("worker", "none", 1, 0, alone))
+    finish(start("multiprocess.worker", "none", 1, 0, alone))
     coordinator = free_address()
-    finish(*(start("worker", coordinator, 2, index, together) for index in range(2)))
+    finish(*(start("multiprocess.worker", coordinator, 2, index, together) for index in range(2)))
     return alone, together
 
 
@@ -39,7 +39,7 @@ def test_only_one_process_writes_logs(workdirs):
 
 def test_a_run_of_two_processes_is_continued_by_one(workdirs):
     """The checkpoint that two processes wrote is restored on other hosts: one process, nothing left to train."""
-    finish(start("worker", "none", 1, 0, workdirs[1]))
+    finish(start("multiprocess.worker", "none", 1, 0, workdirs[1]))
 
 
 def test_no_process_waits_where_the_first_refuses(workdirs, tmp_path):
@@ -47,7 +47,7 @@ def test_no_process_waits_where_the_first_refuses(workdirs, tmp_path):
     shutil.copytree(workdirs[1], tmp_path / "run")
     coordinator = free_address()
     with closing(Lock(tmp_path / "run")):
-        processes = [start("worker", coordinator, 2, index, tmp_path / "run") for index in range(2)]
+        processes = [start("multiprocess.worker", coordinator, 2, index, tmp_path / "run") for index in range(2)]
         errors = [process.communicate(timeout=300)[1] for process in processes]
     assert all(process.returncode != 0 for process in processes)
     assert f"process {os.getpid()} on {socket.gethostname()} is training" in errors[0]

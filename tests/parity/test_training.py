@@ -18,6 +18,7 @@ from flax.traverse_util import flatten_dict
 from clip_jax.models import CLIP, Execution
 from clip_jax.parallel import MeshConfig, make_partitioner
 from clip_jax.processing.images import Preprocess
+from clip_jax.training.guard import initial_guard
 from clip_jax.training.optimizer import OptimizerConfig, make_optimizer
 from clip_jax.training.state import Training, TrainState
 from clip_jax.training.step import make_train_step
@@ -153,7 +154,9 @@ def our_run(name, dtype, steps):
     variables = variables_of(reference_model(config).state_dict(), config)
     params = jax.tree.map(lambda array: jnp.asarray(array, dtype), variables["params"])
     statistics = jax.tree.map(lambda array: jnp.asarray(array, dtype), variables.get("batch_stats", {}))
-    state = TrainState(jnp.zeros((), jnp.int32), params, statistics, training.optimizer.init(params))
+    state = TrainState(
+        jnp.zeros((), jnp.int32), params, statistics, training.optimizer.init(params), initial_guard(training.guard)
+    )
     train_step, losses = make_train_step(training), []
     for _, (images, tokens) in zip(range(steps), batches(config), strict=False):
         state, metrics = train_step(state, {"image": images, "text": tokens})

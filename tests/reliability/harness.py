@@ -1,9 +1,6 @@
 """Runs that are killed and started again, and what is left of them at the end."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import jax
@@ -11,23 +8,23 @@ import numpy as np
 from etils import epath
 
 from clip_jax.training.checkpoints import _read_arrays, _rest_names
+from clip_jax.training.clock import PHASES
 from clip_jax.workdir import read_metrics
+from tests.multiprocess.processes import start
 from tests.reliability.worker import STEPS
 
-ROOT = Path(__file__).parent.parent.parent
-TIMES = ("examples_per_second", "data_wait_fraction", "seconds")
+SHARES = ("goodput", *(f"time/{phase}" for phase in PHASES))
+TIMES = ("examples_per_second", "data_wait_fraction", "seconds", *SHARES)
 
 
-def start(workdir, **order):
+def begin(workdir, **order):
     """A process of a run."""
-    command = [sys.executable, "-m", "tests.reliability.worker", str(workdir), json.dumps(order)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    return subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
+    return start("reliability.worker", workdir, json.dumps(order))
 
 
 def live(workdir, **order):
     """One life of a run, to its end; returns its exit code and what it said."""
-    process = start(workdir, **order)
+    process = begin(workdir, **order)
     said = process.communicate(timeout=500)[1]
     return process.returncode, said
 

@@ -10,8 +10,8 @@ import time
 
 import pytest
 
-from tests.multiprocess.test_two_processes import free_port
-from tests.reliability.harness import assert_same, live, outcome, start
+from tests.multiprocess.processes import free_address
+from tests.reliability.harness import assert_same, begin, live, outcome
 from tests.reliability.worker import MOMENTS
 
 KILLED = -signal.SIGKILL
@@ -90,8 +90,8 @@ def test_ended_at_random_times(undisturbed, tmp_path, name, times):
 @pytest.mark.slow
 def test_one_of_two_processes_is_killed(tmp_path):
     def together(workdir, **order):
-        where = {"processes": 2, "devices": 4, "coordinator": f"127.0.0.1:{free_port()}"}
-        processes = [start(workdir, index=index, **where, **(order if index == 1 else {})) for index in range(2)]
+        where = {"processes": 2, "devices": 4, "coordinator": free_address()}
+        processes = [begin(workdir, index=index, **where, **(order if index == 1 else {})) for index in range(2)]
         said = [process.communicate(timeout=500)[1] for process in processes]
         return [process.returncode for process in processes], said
 

@@ -115,7 +115,7 @@ def test_the_run_goes_back_to_the_checkpoint_before(workdir, like, tmp_path, pat
 def test_orbaxs_notes_do_not_matter_or_are_noticed(workdir, like, tmp_path):
     """What a flipped bit in them does: nothing, or the checkpoint before is used; never other numbers."""
     root, states = workdir
-    for position in range(0, (root / "checkpoints" / "2" / NOTES[0]).stat().st_size, 97):
+    for position in range(0, (root / "checkpoints" / "2" / NOTES[0]).stat().length, 97):
         copied = tmp_path / str(position)
         shutil.copytree(root, copied)
         notes = copied / "checkpoints" / "2" / NOTES[0]

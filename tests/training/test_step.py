@@ -143,7 +143,8 @@ def collectives_by_depth(program):
             if op.opcode == "while":
                 walk(op.attribute("body"), depth + 1)
             elif op.opcode in ("call", "conditional"):
-                walk(op.attribute("to_apply"), depth)
+                for callee in op.callees:
+                    walk(callee, depth)
             elif op.opcode.startswith(("all-", "reduce-scatter", "collective-")):
                 found.setdefault(depth, []).append(op.scope)
 
