@@ -10,7 +10,7 @@ from clip_jax.data.access import Access
 from clip_jax.data.pipeline import InputConfig
 from clip_jax.data.sources import source_config
 from clip_jax.errors import UserError
-from clip_jax.losses import LOSSES
+from clip_jax.losses import LOSSES, REPEATED_CAPTIONS
 from clip_jax.models import CLIP, CLIPConfig, Execution
 from clip_jax.options import inline, kept_values, option
 from clip_jax.parallel import MeshConfig, make_partitioner
@@ -36,6 +36,11 @@ class RunConfig:
     microbatches: int = option(1, "pieces in which each device encodes its share; raise it when memory is short")
     loss: str = option("softmax", f"{' or '.join(LOSSES)}; sigmoid goes with model.logit_bias")
     loss_tile: int = option(1024, "rows of the similarity matrix in memory at a time, at most", may_change=True)
+    repeated_captions: str = option(
+        "negatives",
+        "what the other images of a caption that the batch holds more than once are to it: negatives, positives "
+        "(targets spread evenly) or ignored (left out)",
+    )
     execution: Execution = inline(Execution())
     optimizer: OptimizerConfig = option(OptimizerConfig(), "AdamW")
     mesh: MeshConfig = option(MeshConfig(), "devices of a slice along each axis")
@@ -46,6 +51,9 @@ class RunConfig:
     def __post_init__(self):
         if self.loss not in LOSSES:
             raise UserError(f"loss must be one of {', '.join(LOSSES)}; got {self.loss!r}")
+        if self.repeated_captions not in REPEATED_CAPTIONS:
+            choices = ", ".join(REPEATED_CAPTIONS)
+            raise UserError(f"repeated_captions must be one of {choices}; got {self.repeated_captions!r}")
         if not 0 <= self.seed < 2**32:
             raise UserError(f"seed must be at least 0 and below 2**32, got {self.seed}")
         if self.batch_size < 2:
@@ -68,6 +76,7 @@ def make_training(config: RunConfig, devices: list[jax.Device] | None = None) ->
         partitioner=make_partitioner(config.mesh, devices),
         loss=LOSSES[config.loss],
         loss_tile=config.loss_tile,
+        repeated_captions=config.repeated_captions,
         microbatches=config.microbatches,
     )
 

@@ -24,6 +24,7 @@ class Training:
       partitioner: the mesh and what is split over it.
       loss: one of `LOSSES`.
       loss_tile: rows of logits that a device holds at a time, at most.
+      repeated_captions: one of `REPEATED_CAPTIONS`.
       microbatches: pieces in which each device encodes its share of the batch. The loss is still one over the
         global batch, so the gradients do not depend on it (but BatchNorm's statistics do: see `encode`).
     """
@@ -33,6 +34,7 @@ class Training:
     partitioner: Partitioner
     loss: Loss = SOFTMAX
     loss_tile: int = 1024
+    repeated_captions: str = "negatives"
     microbatches: int = 1
 
 

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int, UInt8
 
+from clip_jax.losses import captions_of
 from clip_jax.models import CLIP, normalize
 from clip_jax.parallel import Jitted, Partitioner
 from clip_jax.processing import Preprocess
@@ -34,7 +35,8 @@ def make_train_step(training: Training) -> Jitted:
             *features, batch_stats = encode(
                 model, variables, batch["image"], batch["text"], training.microbatches, partitioner
             )
-            return loss.over_mesh(*features, params, partitioner, training.loss_tile), batch_stats
+            captions = captions_of(batch["text"], training.repeated_captions)
+            return loss.over_mesh(*features, params, partitioner, training.loss_tile, captions), batch_stats
 
         (value, batch_stats), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
         updates, opt_state = training.optimizer.update(grads, state.opt_state, state.params)
