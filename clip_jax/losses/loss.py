@@ -58,8 +58,9 @@ class Loss:
         return {**params, **{name: filled(name) for name in self.initial}}
 
     def bound(self, params: Mapping[str, Any]) -> dict[str, Any]:
-        """A model's parameters with those of the loss clipped to their bounds."""
-        return {**params, **{name: jnp.clip(params[name], low, high) for name, (low, high) in self.bounds.items()}}
+        """Parameters of a model with those of the loss, as far as they are among them, clipped to their bounds."""
+        bounds = {name: bounds for name, bounds in self.bounds.items() if name in params}
+        return {**params, **{name: jnp.clip(params[name], low, high) for name, (low, high) in bounds.items()}}
 
     def over_mesh(
         self,

@@ -11,11 +11,13 @@ from clip_jax.data.pipeline import InputConfig
 from clip_jax.data.sources import source_config
 from clip_jax.errors import UserError
 from clip_jax.losses import LOSSES, REPEATED_CAPTIONS
-from clip_jax.models import CLIP, CLIPConfig, Execution
+from clip_jax.models import CLIP, CLIPConfig, Execution, variable_shapes
 from clip_jax.options import inline, kept_values, option
 from clip_jax.parallel import MeshConfig, make_partitioner
 from clip_jax.processing import Augment
+from clip_jax.training.initial_weights import InitialWeights
 from clip_jax.training.optimizer import OptimizerConfig, make_optimizer
+from clip_jax.training.parameters import check_patterns, paths_of, split
 from clip_jax.training.state import Training
 
 
@@ -26,6 +28,7 @@ class RunConfig:
     name: str = option(help="of the model in reports and plans; evaluation takes official weights of this name")
     model: CLIPConfig = option(help="the architecture: its fields, or an official name such as ViT-B/32")
     data: Mapping[str, Mapping[str, Any]] = option({}, "sources to train on by name, each with its fields and a weight")
+    init: InitialWeights = inline(InitialWeights())
     input: InputConfig = inline(InputConfig())
     access: Access = inline(Access())
     augment: Augment = option(Augment(), "how training varies its images")
@@ -43,6 +46,7 @@ class RunConfig:
     )
     execution: Execution = inline(Execution())
     optimizer: OptimizerConfig = option(OptimizerConfig(), "AdamW")
+    ema_decay: float = option(0.0, "of a moving average of the weights, kept beside them; 0 keeps none")
     mesh: MeshConfig = option(MeshConfig(), "devices of a slice along each axis")
     log_every: int = option(100, "steps between lines of metrics", may_change=True)
     eval_every: int = option(10_000, "steps between evaluations", may_change=True)
@@ -54,6 +58,8 @@ class RunConfig:
         if self.repeated_captions not in REPEATED_CAPTIONS:
             choices = ", ".join(REPEATED_CAPTIONS)
             raise UserError(f"repeated_captions must be one of {choices}; got {self.repeated_captions!r}")
+        if not 0 <= self.ema_decay < 1:
+            raise UserError(f"ema_decay must be at least 0 and below 1, got {self.ema_decay}")
         if not 0 <= self.seed < 2**32:
             raise UserError(f"seed must be at least 0 and below 2**32, got {self.seed}")
         if self.batch_size < 2:
@@ -68,8 +74,12 @@ def make_training(config: RunConfig, devices: list[jax.Device] | None = None) ->
     """What a run trains, over `devices` (default: all, of every process).
 
     Raises:
-      UserError: the mesh does not fit the devices, or the schedule not the run.
+      UserError: the mesh does not fit the devices, or the schedule not the run; or what is frozen is nothing, or all.
     """
+    params = variable_shapes(config.model)["params"]
+    check_patterns(config.optimizer.frozen, paths_of(params), "optimizer.frozen", "parameter of the model")
+    if not split(params, config.optimizer.frozen)[0]:
+        raise UserError("optimizer.frozen leaves nothing to train; name less than all parameters")
     return Training(
         model=CLIP(config.model, config.execution),
         optimizer=make_optimizer(config.optimizer, config.total_steps),
@@ -78,6 +88,8 @@ def make_training(config: RunConfig, devices: list[jax.Device] | None = None) ->
         loss_tile=config.loss_tile,
         repeated_captions=config.repeated_captions,
         microbatches=config.microbatches,
+        frozen=config.optimizer.frozen,
+        ema_decay=config.ema_decay,
     )
 
 

@@ -15,6 +15,7 @@ from clip_jax.training.checkpoint import Checkpoints, has_checkpoint, make_workd
 from clip_jax.training.config import RunConfig, check_same_run, make_training
 from clip_jax.training.distributed import on_first_process
 from clip_jax.training.hooks import Evaluate, Log, Save
+from clip_jax.training.initial_weights import start_from
 from clip_jax.training.loop import Hook, every, on_devices, train
 from clip_jax.training.metrics import MetricsWriter
 from clip_jax.training.optimizer import learning_rate_schedule
@@ -48,7 +49,7 @@ def run(config: RunConfig, workdir: str, make_evaluate: MakeEvaluate | None = No
     on_first_process(lambda: make_workdir(workdir))
     with ExitStack() as open_things:
         checkpoints = open_things.enter_context(closing(Checkpoints(workdir, config.model)))
-        state = _state(checkpoints, training, config.seed)
+        state = _state(checkpoints, training, config)
         write_config(workdir, to_dict(config))
         hosts = jax.process_index(), jax.process_count()
         batches = open_things.enter_context(closing(TrainBatches(reader, config.input, int(state.step), *hosts)))
@@ -68,10 +69,11 @@ def make_reader(config: RunConfig) -> TrainReader:
     return TrainReader(mixture, Preprocess.from_config(config.model), tokenizer, config.augment)
 
 
-def _state(checkpoints: Checkpoints, training: Training, seed: int) -> TrainState:
+def _state(checkpoints: Checkpoints, training: Training, config: RunConfig) -> TrainState:
     """The newest checkpoint's, or a fresh one."""
     if checkpoints.latest_step() is None:
-        return initial_state(training, seed)
+        state = initial_state(training, config.seed)
+        return start_from(config.init, config.model, state, training.frozen) if config.init.init_from else state
     logger.info("resuming from step %d", checkpoints.latest_step())
     return checkpoints.restore(abstract_state(training))
 

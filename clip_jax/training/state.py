@@ -12,6 +12,7 @@ import optax
 from clip_jax.losses import SOFTMAX, Loss
 from clip_jax.models import CLIP, abstract_inputs
 from clip_jax.parallel import Partitioner
+from clip_jax.training.parameters import merge, split
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,8 @@ class Training:
       loss: one of `LOSSES`.
       loss_tile: rows of logits that a device holds at a time, at most.
       repeated_captions: one of `REPEATED_CAPTIONS`.
+      frozen: patterns of the paths of parameters that are not trained.
+      ema_decay: of the moving average of the trained parameters; 0 keeps none.
       microbatches: pieces in which each device encodes its share of the batch. The loss is still one over the
         global batch, so the gradients do not depend on it (but BatchNorm's statistics do: see `encode`).
     """
@@ -36,6 +39,8 @@ class Training:
     loss_tile: int = 1024
     repeated_captions: str = "negatives"
     microbatches: int = 1
+    frozen: tuple[str, ...] = ()
+    ema_decay: float = 0.0
 
 
 @flax.struct.dataclass
@@ -46,18 +51,25 @@ class TrainState:
       step: int32 scalar, how many updates have been made.
       params: the model's parameters, float32.
       batch_stats: running statistics of BatchNorm; empty for a ViT.
-      opt_state: the optimizer's moments.
+      opt_state: the optimizer's moments, of the parameters that are trained.
+      ema: the moving average of the parameters that are trained; empty if none is kept.
     """
 
     step: Any
     params: Any
     batch_stats: Any
     opt_state: Any
+    ema: Any = flax.struct.field(default_factory=dict)
 
     @property
     def variables(self) -> dict[str, Any]:
         """What `model.apply` takes."""
         return {"params": self.params, **({"batch_stats": self.batch_stats} if self.batch_stats else {})}
+
+    @property
+    def ema_variables(self) -> dict[str, Any]:
+        """What `model.apply` takes to run with the averaged parameters."""
+        return {**self.variables, "params": merge(self.params, self.ema)}
 
 
 def initial_state(training: Training, seed: int) -> TrainState:
@@ -99,11 +111,13 @@ def _boxed_init(training: Training):
     def init(key: jax.Array) -> TrainState:
         variables = training.model.lazy_init(key, *abstract_inputs(training.model.config))
         params = training.loss.start(variables["params"])
+        trained, _ = split(params, training.frozen)
         return TrainState(
             step=jnp.zeros((), jnp.int32),
             params=params,
             batch_stats=variables.get("batch_stats", {}),
-            opt_state=training.optimizer.init(params),
+            opt_state=training.optimizer.init(trained),
+            ema=trained if training.ema_decay else {},
         )
 
     return init

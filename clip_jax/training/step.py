@@ -12,6 +12,7 @@ from clip_jax.losses import captions_of
 from clip_jax.models import CLIP, normalize
 from clip_jax.parallel import Jitted, Partitioner
 from clip_jax.processing import Preprocess
+from clip_jax.training.parameters import merge, split
 from clip_jax.training.state import Training, TrainState, state_shardings
 
 Batch = Mapping[str, Array]
@@ -30,7 +31,10 @@ def make_train_step(training: Training) -> Jitted:
     model, loss, partitioner = training.model, training.loss, training.partitioner
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        def loss_fn(params: Any) -> tuple[Float[Array, ""], Any]:
+        trained, frozen = split(state.params, training.frozen)
+
+        def loss_fn(trained: Any) -> tuple[Float[Array, ""], Any]:
+            params = merge(trained, frozen)
             variables = {**state.variables, "params": params}
             *features, batch_stats = encode(
                 model, variables, batch["image"], batch["text"], training.microbatches, partitioner
@@ -38,11 +42,13 @@ def make_train_step(training: Training) -> Jitted:
             captions = captions_of(batch["text"], training.repeated_captions)
             return loss.over_mesh(*features, params, partitioner, training.loss_tile, captions), batch_stats
 
-        (value, batch_stats), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
-        updates, opt_state = training.optimizer.update(grads, state.opt_state, state.params)
-        params = loss.bound(optax.apply_updates(state.params, updates))
+        (value, batch_stats), grads = jax.value_and_grad(loss_fn, has_aux=True)(trained)
+        updates, opt_state = training.optimizer.update(grads, state.opt_state, trained)
+        trained = loss.bound(optax.apply_updates(trained, updates))
+        ema = optax.incremental_update(trained, state.ema, 1 - training.ema_decay) if training.ema_decay else {}
+        params = merge(trained, frozen)
         metrics = {"loss": value, "logit_scale": params["logit_scale"], "grad_norm": optax.tree.norm(grads)}
-        return TrainState(state.step + 1, params, batch_stats, opt_state), metrics
+        return TrainState(state.step + 1, params, batch_stats, opt_state, ema), metrics
 
     shardings = state_shardings(training)
     return partitioner.jit(
