@@ -12,7 +12,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from clip_jax import options
-from clip_jax.errors import UserError
+from clip_jax.errors import RunStopped, UserError
 from clip_jax.platform import keep_libtpu_quiet
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 
 
 def run(main: Callable[[Sequence[str]], int | None]) -> None:
-    """Call `main(argv)` and exit: 0 (or what it returns), 2 with one line for a user's mistake."""
+    """Call `main(argv)` and exit: 0 (or what it returns), 2 with one line for a user's mistake, 1 for a stopped run."""
     keep_libtpu_quiet()
     _say_events()
     mistake = None
@@ -31,6 +31,8 @@ def run(main: Callable[[Sequence[str]], int | None]) -> None:
         code = main(sys.argv[1:])
     except UserError as error:
         mistake, code = " ".join(str(error).split()), 2
+    except RunStopped as stop:
+        mistake, code = " ".join(str(stop).split()), stop.exit_code
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("clip_jax"):
             raise
