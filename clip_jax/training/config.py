@@ -46,6 +46,9 @@ class RunConfig:
     )
     execution: Execution = inline(Execution())
     optimizer: OptimizerConfig = option(OptimizerConfig(), "AdamW")
+    running_statistics: bool = option(
+        False, "whether BatchNorm normalises by running statistics, which then stay; it does in a tower that is frozen"
+    )
     ema_decay: float = option(0.0, "of a moving average of the weights, kept beside them; 0 keeps none")
     mesh: MeshConfig = option(MeshConfig(), "devices of a slice along each axis")
     log_every: int = option(100, "steps between lines of metrics", may_change=True)
@@ -78,7 +81,8 @@ def make_training(config: RunConfig, devices: list[jax.Device] | None = None) ->
     """
     params = variable_shapes(config.model)["params"]
     check_patterns(config.optimizer.frozen, paths_of(params), "optimizer.frozen", "parameter of the model")
-    if not split(params, config.optimizer.frozen)[0]:
+    trained, _ = split(params, config.optimizer.frozen)
+    if not trained:
         raise UserError("optimizer.frozen leaves nothing to train; name less than all parameters")
     return Training(
         model=CLIP(config.model, config.execution),
@@ -89,6 +93,7 @@ def make_training(config: RunConfig, devices: list[jax.Device] | None = None) ->
         repeated_captions=config.repeated_captions,
         microbatches=config.microbatches,
         frozen=config.optimizer.frozen,
+        running_statistics=config.running_statistics or "visual" not in trained,
         ema_decay=config.ema_decay,
     )
 

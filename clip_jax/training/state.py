@@ -27,6 +27,7 @@ class Training:
       loss_tile: rows of logits that a device holds at a time, at most.
       repeated_captions: one of `REPEATED_CAPTIONS`.
       frozen: patterns of the paths of parameters that are not trained.
+      running_statistics: whether BatchNorm normalises by its running statistics, which then stay as they are.
       ema_decay: of the moving average of the trained parameters; 0 keeps none.
       microbatches: pieces in which each device encodes its share of the batch. The loss is still one over the
         global batch, so the gradients do not depend on it (but BatchNorm's statistics do: see `encode`).
@@ -40,6 +41,7 @@ class Training:
     repeated_captions: str = "negatives"
     microbatches: int = 1
     frozen: tuple[str, ...] = ()
+    running_statistics: bool = False
     ema_decay: float = 0.0
 
 

@@ -37,7 +37,13 @@ def make_train_step(training: Training) -> Jitted:
             params = merge(trained, frozen)
             variables = {**state.variables, "params": params}
             *features, batch_stats = encode(
-                model, variables, batch["image"], batch["text"], training.microbatches, partitioner
+                model,
+                variables,
+                batch["image"],
+                batch["text"],
+                training.microbatches,
+                partitioner,
+                train=not training.running_statistics,
             )
             captions = captions_of(batch["text"], training.repeated_captions)
             return loss.over_mesh(*features, params, partitioner, training.loss_tile, captions), batch_stats
@@ -48,7 +54,7 @@ def make_train_step(training: Training) -> Jitted:
         ema = optax.incremental_update(trained, state.ema, 1 - training.ema_decay) if training.ema_decay else {}
         params = merge(trained, frozen)
         metrics = {"loss": value, "logit_scale": params["logit_scale"], "grad_norm": optax.tree.norm(grads)}
-        return TrainState(state.step + 1, params, batch_stats, opt_state, ema), metrics
+        return TrainState(state.step + 1, params, batch_stats or state.batch_stats, opt_state, ema), metrics
 
     shardings = state_shardings(training)
     return partitioner.jit(
@@ -66,12 +72,14 @@ def encode(
     tokens: Int[Array, "batch length"],
     microbatches: int,
     partitioner: Partitioner,
+    train: bool = True,
 ) -> tuple[Float[Array, "batch embed_dim"], Float[Array, "batch embed_dim"], Any]:
-    """Normalised features of both towers, and the new running statistics of BatchNorm ({} for a ViT).
+    """Normalised features of both towers, and the new running statistics of BatchNorm ({} if there are none).
 
     With several micro-batches, each device encodes its share of the batch piece by piece, keeping nothing but the
     features; the backward pass encodes each piece again. BatchNorm then normalises each micro-batch (over all
-    devices) by its own statistics, and the running ones move once a step, by the mean over micro-batches.
+    devices) by its own statistics, and the running ones move once a step, by the mean over micro-batches. Without
+    `train` it normalises by the running ones, and there are no new ones.
     """
 
     def encode_piece(variables: Mapping[str, Any], piece: tuple[Array, Array]) -> tuple[tuple[Array, Array], Any]:
@@ -79,7 +87,7 @@ def encode(
         # Images travel to the device as bytes and become the model's floats there.
         images = Preprocess.from_config(model.config).normalize(images, model.execution.wide_dtype)
         image_features, updated = model.apply(
-            variables, images, train=True, method=model.encode_image, mutable=["batch_stats"]
+            variables, images, train, method=model.encode_image, mutable=["batch_stats"] if train else []
         )
         text_features = model.apply(variables, tokens, method=model.encode_text)
         dtype = model.execution.compute_dtype
