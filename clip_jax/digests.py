@@ -10,7 +10,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax.traverse_util import flatten_dict
 from jaxtyping import Array, Num, UInt32
 
 _CHUNK = 2**16  # elements that stay in a core's cache while they are mixed
@@ -18,9 +17,10 @@ _ROUNDS = ((16, np.uint32(0x85EBCA6B)), (13, np.uint32(0xC2B2AE35)))  # MurmurHa
 _LAST_SHIFT = 16
 
 
-def digests(variables: Any) -> dict[str, str]:
+def digests(tree: Any) -> dict[str, str]:
     """Path of each array on the devices -> its digest, 8 hexadecimal digits. All processes must call it together."""
-    flat = flatten_dict(variables, sep="/")
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    flat = {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
     return {path: f"{int(value):08x}" for path, value in jax.device_get(_on_devices(flat)).items()}
 
 

@@ -9,6 +9,10 @@ class UserError(ValueError):
     """
 
 
+class DamagedFile(UserError):
+    """What this project wrote is missing, or is not what was written; the message names it."""
+
+
 class RunStopped(RuntimeError):
     """A run that cannot go on, by no mistake of the user: the message says what is safe and what to do.
 

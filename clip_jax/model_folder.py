@@ -7,8 +7,6 @@ Conversion writes it, and so does training at every checkpoint, with the trainin
 flipped bits without a word; the digests, which also cover the description, do not let them pass.
 """
 
-import hashlib
-import json
 import zlib
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -19,14 +17,14 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from clip_jax import workdir
 from clip_jax.digests import digest, digests
-from clip_jax.errors import UserError
+from clip_jax.errors import DamagedFile, UserError
 from clip_jax.models import CLIPConfig, variable_shapes
+from clip_jax.sealed_json import check_seal, read_object, sealed
 from clip_jax.workdir import CHECKPOINTS, RUN_CONFIG, absolute
 
 VERSION = 2
 DESCRIPTION, VARIABLES = "description", "variables"
 DESCRIPTION_FILE = "clip_jax.json"
-_MAX_JSON_BYTES = 16 * 2**20
 
 Description = tuple[CLIPConfig, Callable[[str, np.ndarray], bool]]
 
@@ -44,8 +42,7 @@ def items(config: CLIPConfig, variables: Any, digests: Mapping[str, str]) -> dic
     """What to save of a model, by item."""
     import orbax.checkpoint as ocp
 
-    description = {"version": VERSION, "model": config.to_dict(), "digests": digests}
-    description["sha256"] = _seal(description)
+    description = sealed({"version": VERSION, "model": config.to_dict(), "digests": digests})
     return {DESCRIPTION: ocp.args.JsonSave(description), VARIABLES: ocp.args.PyTreeSave(variables)}
 
 
@@ -106,9 +103,9 @@ def read(folder: epath.PathLike) -> tuple[CLIPConfig, Any]:
         try:
             variables[path] = stored[path].result().read().result()
         except ValueError as error:
-            raise UserError(f"{folder} is damaged: {path} cannot be read ({str(error)[:300]}); {_ADVICE}") from error
+            raise DamagedFile(f"{folder} is damaged: {path} cannot be read ({str(error)[:300]}); {_ADVICE}") from error
         if variables[path].shape != shape or not is_intact(path, variables[path]):
-            raise UserError(f"{folder} is damaged: {path} is not what was written; {_ADVICE}")
+            raise DamagedFile(f"{folder} is damaged: {path} is not what was written; {_ADVICE}")
         if not np.isfinite(variables[path]).all():
             raise UserError(f"{folder} holds no usable model: {path} has numbers that are NaN or infinite")
     return config, unflatten_dict(variables, sep="/")
@@ -134,7 +131,7 @@ def check_digests(folder: epath.Path, variables: Any) -> None:
     expected, found = _load(folder)["digests"], digests(variables)
     altered = sorted(path for path in found.keys() | expected.keys() if found.get(path) != expected.get(path))
     if altered:
-        raise UserError(f"{folder} is damaged: {altered[0]} is not what was written; {_ADVICE}")
+        raise DamagedFile(f"{folder} is damaged: {altered[0]} is not what was written; {_ADVICE}")
 
 
 def damage(folder: epath.Path, error: Exception) -> str:
@@ -160,24 +157,19 @@ def _describe(folder: epath.Path) -> Description:
 
 def _load(folder: epath.Path) -> dict[str, Any]:
     file = folder / DESCRIPTION / DESCRIPTION_FILE
-    values = _read_json(file, {"model", "digests", "sha256"})
+    values = _read_json(file, {"model", "digests"})
     if values.get("version") != VERSION:
         raise UserError(f"{folder} is a model of version {values.get('version')!r}, this clip_jax reads {VERSION}")
-    if values["sha256"] != _seal(values):
-        raise UserError(f"{file} is damaged: it does not have the SHA-256 that it states; {_ADVICE}")
+    check_seal(values, file)
     return values
 
 
 def _read_json(file: epath.Path, keys: set[str]) -> dict[str, Any]:
-    """A JSON object that has `keys`; all values but the SHA-256 are objects themselves."""
-    try:
-        text = file.read_text() if file.stat().length <= _MAX_JSON_BYTES else ""
-        values = json.loads(text)
-        wrong = [key for key in sorted(keys) if not isinstance(values[key], str if key == "sha256" else dict)]
-    except (OSError, ValueError, RecursionError, KeyError, TypeError) as error:
-        raise UserError(f"{file} is damaged ({type(error).__name__}: {error}); {_ADVICE}") from error
+    """A JSON object that has `keys`, whose values are objects themselves."""
+    values = read_object(file)
+    wrong = [f"{key} is {values.get(key)!r:.50}" for key in sorted(keys) if not isinstance(values.get(key), dict)]
     if wrong:
-        raise UserError(f"{file} is damaged: {wrong[0]} is a {type(values[wrong[0]]).__name__}; {_ADVICE}")
+        raise DamagedFile(f"{file} is damaged: {wrong[0]}; {_ADVICE}")
     return values
 
 
@@ -191,13 +183,7 @@ def _check_not_lost(folder: epath.Path) -> None:
     """Tell a step that never had a description from one that lost it."""
     written = folder / "_CHECKPOINT_METADATA"  # where Orbax notes what it saved
     if written.is_file() and f'"{DESCRIPTION}"' in written.read_text():
-        raise UserError(f"{folder} is damaged: its {DESCRIPTION} is missing; {_ADVICE}")
-
-
-def _seal(description: Mapping[str, Any]) -> str:
-    """SHA-256 of everything else in a description."""
-    rest = {key: value for key, value in description.items() if key != "sha256"}
-    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+        raise DamagedFile(f"{folder} is damaged: its {DESCRIPTION} is missing; {_ADVICE}")
 
 
 def _crc32(array: np.ndarray) -> int:

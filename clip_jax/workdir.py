@@ -3,9 +3,12 @@
 WORKDIR/config.json        the resolved configuration
 WORKDIR/metrics.jsonl      one JSON object per line
 WORKDIR/checkpoints/STEP   a model folder each, with the training state beside the model
+WORKDIR/damaged/STEP       checkpoints that turned out to be damaged
+WORKDIR/lock               which process trains here
 """
 
 import json
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,6 +16,8 @@ import numpy as np
 from etils import epath
 
 from clip_jax.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 CHECKPOINTS, RUN_CONFIG, METRICS = "checkpoints", "config.json", "metrics.jsonl"
 BEST = "@best"
@@ -63,16 +68,22 @@ def best_step(workdir: epath.PathLike, steps: Sequence[int]) -> int | None:
 
 
 def read_metrics(workdir: epath.PathLike) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl, in order; none if there is no such file.
+    """The lines of metrics.jsonl, in order, but for damaged ones; none if there is no such file."""
+    lines, damaged = split_metrics(workdir)
+    if damaged:
+        logger.warning("%s: left out %d damaged lines: %.80s", absolute(workdir) / METRICS, len(damaged), damaged[0])
+    return lines
 
-    A half-written last one (the process was killed) is left out.
 
-    Raises:
-      UserError: another line is damaged.
+def split_metrics(workdir: epath.PathLike) -> tuple[list[dict[str, Any]], list[str]]:
+    """The lines of metrics.jsonl as objects, in order, and the texts of those that are damaged.
+
+    A half-written last one (the process was killed) is neither.
     """
     file = absolute(workdir) / METRICS
-    lines = file.read_text().split("\n")[:-1] if file.exists() else []
-    return [_parsed(line, f"{file}, line {number}") for number, line in enumerate(lines, 1) if line]
+    texts = file.read_bytes().decode(errors="replace").split("\n")[:-1] if file.exists() else []
+    parsed = [(_parsed(text), text) for text in texts if text]
+    return [line for line, _ in parsed if line is not None], [text for line, text in parsed if line is None]
 
 
 def write_whole(path: epath.Path, text: str) -> None:
@@ -82,11 +93,10 @@ def write_whole(path: epath.Path, text: str) -> None:
     part.replace(path)
 
 
-def _parsed(line: str, where: str) -> dict[str, Any]:
+def _parsed(line: str) -> dict[str, Any] | None:
+    """The object with a step in a line of metrics; None if it holds none."""
     try:
         values = json.loads(line)
-    except ValueError as error:
-        raise UserError(f"{where} is not JSON ({error}); mend or remove it") from error
-    if not isinstance(values, dict) or not isinstance(values.get("step"), int):
-        raise UserError(f"{where} is no object with a step; mend or remove it")
-    return values
+    except (ValueError, RecursionError):
+        return None
+    return values if isinstance(values, dict) and type(values.get("step")) is int else None

@@ -4,7 +4,6 @@ import json
 
 import pytest
 
-from clip_jax.errors import UserError
 from clip_jax.workdir import METRICS, best_step, read_metrics
 
 LINES = [
@@ -33,11 +32,13 @@ def test_a_half_written_last_line_is_left_out(tmp_path):
     assert best_step(tmp_path, [6]) == 6
 
 
-@pytest.mark.parametrize("line", ["{", "[1]", '{"loss": 1.0}'])
-def test_a_damaged_line_is_named(tmp_path, line):
-    write(tmp_path, last=line + "\n")
-    with pytest.raises(UserError, match=r"metrics\.jsonl, line 5 "):
-        read_metrics(tmp_path)
+@pytest.mark.parametrize("line", ["{", "[1]", '{"loss": 1.0}', '{"step": "7"}', "\udcff", "[" * 100_000])
+def test_a_damaged_line_is_said_and_left_out(tmp_path, line, caplog):
+    write(tmp_path)
+    with (tmp_path / METRICS).open("ab") as file:
+        file.write(line.encode(errors="surrogateescape") + b'\n{"step": 7}\n')
+    assert read_metrics(tmp_path) == [*LINES, {"step": 7}]
+    assert "metrics.jsonl: left out 1 damaged lines" in caplog.text
 
 
 def test_another_line_of_a_step_and_other_evaluation_sets_do_not_mislead(tmp_path):

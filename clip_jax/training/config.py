@@ -54,6 +54,8 @@ class RunConfig:
     log_every: int = option(100, "steps between lines of metrics", may_change=True)
     eval_every: int = option(10_000, "steps between evaluations", may_change=True)
     checkpoint_every: int = option(5_000, "steps between checkpoints", may_change=True)
+    keep_checkpoints: int = option(3, "how many of the newest to keep, beside the best", may_change=True)
+    keep_every: int = option(0, "keep a checkpoint every so many steps for good; 0 keeps none", may_change=True)
 
     def __post_init__(self):
         if self.loss not in LOSSES:
@@ -68,9 +70,11 @@ class RunConfig:
         if self.batch_size < 2:
             raise UserError(f"batch_size must be at least 2, for pairs to be told apart; got {self.batch_size}")
         steps = ("total_steps", "log_every", "eval_every", "checkpoint_every")
-        for name in ("microbatches", "loss_tile", *steps):
+        for name in ("microbatches", "loss_tile", "keep_checkpoints", *steps):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.keep_every < 0:
+            raise UserError(f"keep_every must be at least 0, got {self.keep_every}")
 
 
 def make_training(config: RunConfig, devices: list[jax.Device] | None = None) -> Training:
@@ -99,7 +103,7 @@ def make_training(config: RunConfig, devices: list[jax.Device] | None = None) ->
 
 
 def check_same_run(config: RunConfig, previous: RunConfig) -> None:
-    """A workdir continues only the run it holds.
+    """A workdir continues only the run it holds, or one with more steps that is the same otherwise.
 
     Args:
       config: this run.
@@ -109,6 +113,8 @@ def check_same_run(config: RunConfig, previous: RunConfig) -> None:
       UserError: they differ in something that changes what is learned; the message names it.
     """
     ours, theirs = _kept(config), _kept(previous)
+    if config.total_steps > previous.total_steps:
+        theirs["total_steps"] = config.total_steps
     for name in sorted(set(ours) | set(theirs)):
         if ours.get(name) != theirs.get(name):
             raise UserError(

@@ -27,7 +27,7 @@ def on_first_process(action: Callable[[], T]) -> T | None:
             result = action()
         except UserError as error:
             mistake = error
-    refused = jax.process_count() > 1 and multihost_utils.broadcast_one_to_all(np.int32(mistake is not None))
+    refused = refused_by_any(mistake is not None)
     if mistake is not None:
         raise mistake
     if refused:
@@ -35,10 +35,15 @@ def on_first_process(action: Callable[[], T]) -> T | None:
     return result
 
 
+def refused_by_any(refuses: bool) -> bool:
+    """Whether any process refuses to go on; all must call this at the same place."""
+    return sum_over_hosts([refuses]) != [0]
+
+
 def sum_over_hosts(counts: Sequence[int]) -> list[int]:
     """The sum of each count over all processes, which all must call this at the same place."""
     if jax.process_count() == 1:
-        return list(counts)
+        return [int(count) for count in counts]
     return multihost_utils.process_allgather(np.array(counts, np.int32)).sum(axis=0).tolist()
 
 

@@ -11,8 +11,9 @@ from tqdm import tqdm
 
 from clip_jax.data.damage import REASONS
 from clip_jax.data.pipeline import TrainBatches
-from clip_jax.training.checkpoint import Checkpoints
+from clip_jax.training.checkpoints import Checkpoints
 from clip_jax.training.distributed import sum_over_hosts
+from clip_jax.training.lock import Lock
 from clip_jax.training.loop import Hook, Step
 from clip_jax.training.metrics import MetricsWriter
 from clip_jax.training.state import TrainState
@@ -120,6 +121,21 @@ class Save(Hook):
     def step(self, step: Step) -> None:
         self._log.flush()
         self._checkpoints.save(step.number, step.state)
+
+    def now(self, step: Step) -> None:
+        """Write a checkpoint and wait until it is complete."""
+        self.step(step)
+        self._checkpoints.wait()
+
+
+class Hold(Hook):
+    """See, before anything is written about a step, that the workdir is still this run's."""
+
+    def __init__(self, lock: Lock):
+        self._lock = lock
+
+    def step(self, step: Step) -> None:
+        self._lock.check()
 
 
 class Evaluate(Hook):

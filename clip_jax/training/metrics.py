@@ -1,36 +1,67 @@
 """Where a run's numbers go: WORKDIR/metrics.jsonl and TensorBoard events beside it."""
 
 import json
+import logging
 from collections.abc import Mapping
 
 from tensorboardX import SummaryWriter
 
-from clip_jax.workdir import METRICS, absolute, read_metrics, write_whole
+from clip_jax.errors import RunStopped
+from clip_jax.workdir import METRICS, absolute, split_metrics, write_whole
+
+logger = logging.getLogger(__name__)
+
+DAMAGED_METRICS = "metrics.damaged"
 
 
 class MetricsWriter:
-    """One JSON object per line, flushed at once. Only the process that writes logs makes one.
+    """One JSON object per line, written at once. Only the process that writes logs makes one.
 
     A resumed run repeats the steps after its checkpoint: what an earlier life wrote about them is dropped first,
-    so that every step has one line.
+    so that every step has one line. Damaged lines are moved to metrics.damaged.
     """
 
     def __init__(self, workdir: str, start_step: int):
         root = absolute(workdir)
         root.mkdir(parents=True, exist_ok=True)
-        path = root / METRICS
-        kept = [line for line in read_metrics(workdir) if line["step"] <= start_step]
-        write_whole(path, "".join(json.dumps(line) + "\n" for line in kept))
-        self._path = path
+        self._path = root / METRICS
+        lines, damaged = split_metrics(workdir)
+        if damaged:
+            logger.warning("%s had %d damaged lines; moved to %s", self._path, len(damaged), root / DAMAGED_METRICS)
+            write_whole(root / DAMAGED_METRICS, "".join(f"{line}\n" for line in damaged))
+        self._text = "".join(_to_line(line) for line in lines if line["step"] <= start_step)
+        write_whole(self._path, self._text)
         self._events = SummaryWriter(str(root), purge_step=start_step + 1)
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Append one line and the same values as TensorBoard scalars."""
+        """Append one line and the same values as TensorBoard scalars.
+
+        Raises:
+          RunStopped: the disk or bucket refuses it.
+        """
+        line = _to_line({"step": step, **metrics})
+        try:
+            self._append(line)
+            for key, value in metrics.items():
+                self._events.add_scalar(key if "/" in key else f"train/{key}", value, step)
+        except OSError as error:
+            raise RunStopped(
+                f"cannot write {self._path} ({error}); the checkpoints are safe: mend that, and run the same command "
+                "again to go on"
+            ) from error
+
+    def _append(self, line: str) -> None:
+        if "://" in str(self._path):  # objects in buckets cannot grow
+            self._text += line
+            self._path.write_text(self._text)
+            return
         with self._path.open("a") as file:
-            file.write(json.dumps({"step": step, **metrics}) + "\n")
-        for key, value in metrics.items():
-            self._events.add_scalar(key if "/" in key else f"train/{key}", value, step)
+            file.write(line)
 
     def close(self) -> None:
         """Flush the events."""
         self._events.close()
+
+
+def _to_line(values: Mapping[str, int | float]) -> str:
+    return json.dumps(values, allow_nan=False) + "\n"

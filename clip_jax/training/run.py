@@ -11,14 +11,17 @@ from clip_jax.data.reader import Mixture, TrainReader
 from clip_jax.data.sources import make_sources
 from clip_jax.options import from_dict, to_dict
 from clip_jax.processing import Preprocess, make_tokenizer
-from clip_jax.training.checkpoint import Checkpoints, has_checkpoint, make_workdir, read_config, write_config
+from clip_jax.training.checkpoints import Checkpoints
 from clip_jax.training.config import RunConfig, check_same_run, make_training
 from clip_jax.training.distributed import on_first_process
-from clip_jax.training.hooks import Evaluate, Log, Save
+from clip_jax.training.hooks import Evaluate, Hold, Log, Save
 from clip_jax.training.initial_weights import start_from
+from clip_jax.training.lock import Lock
 from clip_jax.training.loop import Hook, every, on_devices, train
 from clip_jax.training.metrics import MetricsWriter
 from clip_jax.training.optimizer import learning_rate_schedule
+from clip_jax.training.preemption import Preemption
+from clip_jax.training.run_config import config_to_continue, make_workdir, write_config
 from clip_jax.training.state import Training, TrainState, abstract_state, initial_state
 from clip_jax.training.step import make_train_step
 
@@ -38,9 +41,7 @@ def run(config: RunConfig, workdir: str, make_evaluate: MakeEvaluate | None = No
     Raises:
       UserError: an impossible configuration, missing data, or a workdir that holds another run or cannot be written to.
     """
-    previous = read_config(workdir)
-    if previous is not None and has_checkpoint(workdir):
-        check_same_run(config, from_dict(type(config), previous, f"{workdir}/config.json"))
+    _check_workdir(config, workdir)
     training = make_training(config)
     training.partitioner.check_batch_size(config.batch_size, config.microbatches, jax.process_count())
     train_step = make_train_step(training)
@@ -48,14 +49,31 @@ def run(config: RunConfig, workdir: str, make_evaluate: MakeEvaluate | None = No
     evaluate = make_evaluate(config, training) if make_evaluate else None
     on_first_process(lambda: make_workdir(workdir))
     with ExitStack() as open_things:
-        checkpoints = open_things.enter_context(closing(Checkpoints(workdir, config.model)))
+        lock = on_first_process(lambda: open_things.enter_context(closing(Lock(workdir))))
+        checkpoints = open_things.enter_context(closing(Checkpoints(workdir, config)))
         state = _state(checkpoints, training, config)
         write_config(workdir, to_dict(config))
         hosts = jax.process_index(), jax.process_count()
         batches = open_things.enter_context(closing(TrainBatches(reader, config.input, int(state.step), *hosts)))
         writer = on_first_process(lambda: MetricsWriter(workdir, int(state.step)))
-        hooks = _hooks(config, writer, checkpoints, batches, evaluate)
+        hooks = [Hold(lock)] if lock else []
+        hooks += _hooks(config, writer, checkpoints, batches, evaluate)
         return train(state, train_step, on_devices(batches, training.partitioner), config.total_steps, hooks)
+
+
+def _check_workdir(config: RunConfig, workdir: str) -> None:
+    """See that `workdir` holds no other run, and say so if it holds a shorter one."""
+    values = config_to_continue(workdir)
+    if values is None:
+        return
+    previous = from_dict(type(config), values, f"{workdir}/config.json")
+    check_same_run(config, previous)
+    if config.total_steps > previous.total_steps:
+        logger.info(
+            "the run goes on to step %d instead of %d: from here on the learning rate follows the longer schedule",
+            config.total_steps,
+            previous.total_steps,
+        )
 
 
 def make_reader(config: RunConfig) -> TrainReader:
@@ -71,11 +89,12 @@ def make_reader(config: RunConfig) -> TrainReader:
 
 def _state(checkpoints: Checkpoints, training: Training, config: RunConfig) -> TrainState:
     """The newest checkpoint's, or a fresh one."""
-    if checkpoints.latest_step() is None:
+    restored = checkpoints.restore(abstract_state(training))
+    if restored is None:
         state = initial_state(training, config.seed)
         return start_from(config.init, config.model, state, training.frozen) if config.init.init_from else state
-    logger.info("resuming from step %d", checkpoints.latest_step())
-    return checkpoints.restore(abstract_state(training))
+    logger.info("resuming from step %d", int(restored.step))
+    return restored
 
 
 def _hooks(
@@ -87,7 +106,8 @@ def _hooks(
 ) -> list[Hook]:
     schedule = learning_rate_schedule(config.optimizer, config.total_steps)
     log = Log(writer, config.log_every, config.total_steps, config.batch_size, schedule, batches)
-    hooks = [log, every(config.checkpoint_every, Save(checkpoints, log))]
+    save = Save(checkpoints, log)
+    hooks = [log, every(config.checkpoint_every, save)]
     if evaluate is not None:
         hooks.append(every(config.eval_every, Evaluate(evaluate, log)))
-    return hooks
+    return [*hooks, Preemption(save)]

@@ -5,12 +5,14 @@ import shutil
 import socket
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from clip_jax.workdir import METRICS, read_metrics
+from clip_jax.training.lock import Lock
+from clip_jax.workdir import read_metrics
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -65,13 +67,13 @@ def test_a_run_of_two_processes_is_continued_by_one(workdirs):
     finish(start("none", 1, 0, workdirs[1]))
 
 
-def test_two_processes_restore_together_and_none_waits_where_the_first_refuses(workdirs, tmp_path):
-    """A damaged line of metrics is found by the first process alone, after both have restored the checkpoint."""
+def test_no_process_waits_where_the_first_refuses(workdirs, tmp_path):
+    """Another run's lock is found by the first process alone."""
     shutil.copytree(workdirs[1], tmp_path / "run")
-    (tmp_path / "run" / METRICS).write_text("{\n")
     coordinator = f"127.0.0.1:{free_port()}"
-    processes = [start(coordinator, 2, index, tmp_path / "run") for index in range(2)]
-    errors = [process.communicate(timeout=300)[1] for process in processes]
+    with closing(Lock(tmp_path / "run")):
+        processes = [start(coordinator, 2, index, tmp_path / "run") for index in range(2)]
+        errors = [process.communicate(timeout=300)[1] for process in processes]
     assert all(process.returncode != 0 for process in processes)
-    assert "metrics.jsonl, line 1 is not JSON" in errors[0]
+    assert f"process {os.getpid()} on {socket.gethostname()} is training" in errors[0]
     assert "process 0 refused to go on" in errors[1]
