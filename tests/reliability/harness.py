@@ -1,0 +1,56 @@
+"""Runs that are killed and started again, and what is left of them at the end."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+from etils import epath
+
+from clip_jax.training.checkpoints import _read_arrays, _rest_names
+from clip_jax.workdir import read_metrics
+from tests.reliability.worker import STEPS
+
+ROOT = Path(__file__).parent.parent.parent
+TIMES = ("examples_per_second", "data_wait_fraction", "seconds")
+
+
+def start(workdir, **order):
+    """A process of a run."""
+    command = [sys.executable, "-m", "tests.reliability.worker", str(workdir), json.dumps(order)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
+
+
+def live(workdir, **order):
+    """One life of a run, to its end; returns its exit code and what it said."""
+    process = start(workdir, **order)
+    said = process.communicate(timeout=500)[1]
+    return process.returncode, said
+
+
+def outcome(workdir):
+    """What a finished run has left: every array, every line of metrics without times, every batch that it saw."""
+    folder = epath.Path(workdir) / "checkpoints" / str(STEPS)
+    items = ["variables", *(name for name in _rest_names() if (folder / name).is_dir())]
+    arrays = jax.tree_util.tree_leaves_with_path({name: _read_arrays(folder / name) for name in items})
+    lines = [{key: value for key, value in line.items() if key not in TIMES} for line in read_metrics(workdir)]
+    batches = {}
+    for file in sorted(Path(workdir).glob("batches-*.log")):
+        for line in file.read_text().splitlines():
+            batches.setdefault(f"{file.name} {line.split()[0]}", set()).add(line.split()[1])
+    return {jax.tree_util.keystr(path): array for path, array in arrays}, lines, batches
+
+
+def assert_same(workdir, undisturbed):
+    arrays, lines, batches = outcome(workdir)
+    expected_arrays, expected_lines, expected_batches = undisturbed
+    assert arrays.keys() == expected_arrays.keys()
+    for path, array in arrays.items():
+        np.testing.assert_array_equal(array.view(np.uint32), expected_arrays[path].view(np.uint32), err_msg=path)
+    assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
+    assert lines == expected_lines
+    assert batches == expected_batches  # a step that was taken twice saw the same batch
