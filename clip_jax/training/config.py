@@ -11,7 +11,7 @@ from clip_jax.data.pipeline import InputConfig
 from clip_jax.data.sources import source_config
 from clip_jax.errors import UserError
 from clip_jax.losses import LOSSES, REPEATED_CAPTIONS
-from clip_jax.models import CLIP, CLIPConfig, Execution, variable_shapes
+from clip_jax.models import CLIP, CLIPConfig, Execution, VisionTransformerConfig, variable_shapes
 from clip_jax.options import inline, kept_values, option
 from clip_jax.parallel import MeshConfig, make_partitioner
 from clip_jax.processing import Augment
@@ -49,6 +49,7 @@ class RunConfig:
     running_statistics: bool = option(
         False, "whether BatchNorm normalises by running statistics, which then stay; it does in a tower that is frozen"
     )
+    patch_dropout: float = option(0.0, "share of an image's patches that training leaves out at random; 0.5 in FLIP")
     ema_decay: float = option(0.0, "of a moving average of the weights, kept beside them; 0 keeps none")
     mesh: MeshConfig = option(MeshConfig(), "devices of a slice along each axis")
     log_every: int = option(100, "steps between lines of metrics", may_change=True)
@@ -63,8 +64,11 @@ class RunConfig:
         if self.repeated_captions not in REPEATED_CAPTIONS:
             choices = ", ".join(REPEATED_CAPTIONS)
             raise UserError(f"repeated_captions must be one of {choices}; got {self.repeated_captions!r}")
-        if not 0 <= self.ema_decay < 1:
-            raise UserError(f"ema_decay must be at least 0 and below 1, got {self.ema_decay}")
+        for name in ("ema_decay", "patch_dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise UserError(f"{name} must be at least 0 and below 1, got {getattr(self, name)}")
+        if self.patch_dropout and not isinstance(self.model.vision, VisionTransformerConfig):
+            raise UserError("patch_dropout leaves out patches of a ViT; a ResNet has none, so set it to 0")
         if not 0 <= self.seed < 2**32:
             raise UserError(f"seed must be at least 0 and below 2**32, got {self.seed}")
         if self.batch_size < 2:
@@ -98,6 +102,8 @@ def make_training(config: RunConfig, devices: list[jax.Device] | None = None) ->
         microbatches=config.microbatches,
         frozen=config.optimizer.frozen,
         running_statistics=config.running_statistics or "visual" not in trained,
+        patch_dropout=config.patch_dropout,
+        seed=config.seed,
         ema_decay=config.ema_decay,
     )
 

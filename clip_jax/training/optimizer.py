@@ -134,7 +134,9 @@ def _add_decayed_weights(config: OptimizerConfig) -> optax.GradientTransformatio
     def update(updates: Any, state: Any, params: Any) -> tuple[Any, Any]:
         return jax.tree_util.tree_map_with_path(decayed, updates, params), state
 
-    return optax.GradientTransformation(_checked(config.weight_decays, "optimizer.weight_decays"), update)
+    return optax.GradientTransformation(
+        _checked(config.weight_decays, "optimizer.weight_decays", "parameter that is trained and decays"), update
+    )
 
 
 def _scale_by_factors(config: OptimizerConfig) -> optax.GradientTransformation:
@@ -148,14 +150,16 @@ def _scale_by_factors(config: OptimizerConfig) -> optax.GradientTransformation:
         of_layers = layer_factors(updates, config.layer_decay)
         return jax.tree_util.tree_map_with_path(scaled, updates, of_layers), state
 
-    return optax.GradientTransformation(_checked(config.learning_rates, "optimizer.learning_rates"), update)
+    return optax.GradientTransformation(
+        _checked(config.learning_rates, "optimizer.learning_rates", "parameter that is trained"), update
+    )
 
 
-def _checked(patterns: Mapping[str, float], option: str) -> Callable[[Any], optax.EmptyState]:
+def _checked(patterns: Mapping[str, float], option: str, which: str) -> Callable[[Any], optax.EmptyState]:
     """The init of a transformation without a state, for which each pattern must match a parameter."""
 
     def init(params: Any) -> optax.EmptyState:
-        check_patterns(patterns, paths_of(params), option, "parameter that is trained this way")
+        check_patterns(patterns, paths_of(params), option, which)
         return optax.EmptyState()
 
     return init

@@ -28,6 +28,8 @@ class Training:
       repeated_captions: one of `REPEATED_CAPTIONS`.
       frozen: patterns of the paths of parameters that are not trained.
       running_statistics: whether BatchNorm normalises by its running statistics, which then stay as they are.
+      patch_dropout: share of the patches of each image that a ViT does not see.
+      seed: of what is random in a step.
       ema_decay: of the moving average of the trained parameters; 0 keeps none.
       microbatches: pieces in which each device encodes its share of the batch. The loss is still one over the
         global batch, so the gradients do not depend on it (but BatchNorm's statistics do: see `encode`).
@@ -42,6 +44,8 @@ class Training:
     microbatches: int = 1
     frozen: tuple[str, ...] = ()
     running_statistics: bool = False
+    patch_dropout: float = 0.0
+    seed: int = 0
     ema_decay: float = 0.0
 
 

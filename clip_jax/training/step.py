@@ -32,6 +32,7 @@ def make_train_step(training: Training) -> Jitted:
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         trained, frozen = split(state.params, training.frozen)
+        patches = kept_patches(training, state.step, len(batch["image"]))
 
         def loss_fn(trained: Any) -> tuple[Float[Array, ""], Any]:
             params = merge(trained, frozen)
@@ -44,6 +45,7 @@ def make_train_step(training: Training) -> Jitted:
                 training.microbatches,
                 partitioner,
                 train=not training.running_statistics,
+                patches=patches,
             )
             captions = captions_of(batch["text"], training.repeated_captions)
             return loss.over_mesh(*features, params, partitioner, training.loss_tile, captions), batch_stats
@@ -73,21 +75,22 @@ def encode(
     microbatches: int,
     partitioner: Partitioner,
     train: bool = True,
+    patches: Int[Array, "batch kept"] | None = None,
 ) -> tuple[Float[Array, "batch embed_dim"], Float[Array, "batch embed_dim"], Any]:
     """Normalised features of both towers, and the new running statistics of BatchNorm ({} if there are none).
 
     With several micro-batches, each device encodes its share of the batch piece by piece, keeping nothing but the
     features; the backward pass encodes each piece again. BatchNorm then normalises each micro-batch (over all
     devices) by its own statistics, and the running ones move once a step, by the mean over micro-batches. Without
-    `train` it normalises by the running ones, and there are no new ones.
+    `train` it normalises by the running ones, and there are no new ones. Of the images it sees `patches`, or all.
     """
 
-    def encode_piece(variables: Mapping[str, Any], piece: tuple[Array, Array]) -> tuple[tuple[Array, Array], Any]:
-        images, tokens = piece
+    def encode_piece(variables: Mapping[str, Any], piece: tuple[Any, ...]) -> tuple[tuple[Array, Array], Any]:
+        images, tokens, patches = piece
         # Images travel to the device as bytes and become the model's floats there.
         images = Preprocess.from_config(model.config).normalize(images, model.execution.wide_dtype)
         image_features, updated = model.apply(
-            variables, images, train, method=model.encode_image, mutable=["batch_stats"] if train else []
+            variables, images, train, patches, method=model.encode_image, mutable=["batch_stats"] if train else []
         )
         text_features = model.apply(variables, tokens, method=model.encode_text)
         dtype = model.execution.compute_dtype
@@ -95,17 +98,31 @@ def encode(
         return features, updated.get("batch_stats", {})
 
     if microbatches == 1:
-        (image_features, text_features), batch_stats = encode_piece(variables, (images, tokens))
+        (image_features, text_features), batch_stats = encode_piece(variables, (images, tokens, patches))
         return image_features, text_features, batch_stats
 
-    def scan_body(_: None, piece: tuple[Array, Array]) -> tuple[None, Any]:
+    def scan_body(_: None, piece: tuple[Any, ...]) -> tuple[None, Any]:
         return None, jax.checkpoint(encode_piece, prevent_cse=False)(variables, piece)
 
     shards = partitioner.batch_shards
-    pieces = tuple(_split(x, microbatches, shards) for x in (images, tokens))
+    pieces = jax.tree.map(lambda x: _split(x, microbatches, shards), (images, tokens, patches))
     _, (features, batch_stats) = jax.lax.scan(scan_body, None, pieces)
     image_features, text_features = (_join(x, shards) for x in features)
     return image_features, text_features, jax.tree.map(lambda x: x.mean(axis=0), batch_stats)
+
+
+def kept_patches(training: Training, step: Int[Array, ""], batch: int) -> Int[Array, "batch kept"] | None:
+    """The patches of each image that a ViT sees in a step, by their numbers; None for all.
+
+    FLIP (arXiv 2212.00794): a random share of the patches of an image is left out, which costs little accuracy and
+    saves as much of the image tower. What is left out is a function of seed and step, on any mesh.
+    """
+    if not training.patch_dropout:
+        return None
+    patches = training.model.config.vision.tokens - 1
+    key = jax.random.fold_in(jax.random.key(training.seed), step)
+    order = jnp.argsort(jax.random.uniform(key, (batch, patches)), axis=1)
+    return order[:, : max(1, int(patches * (1 - training.patch_dropout)))]
 
 
 def _split(x: Array, microbatches: int, shards: int) -> Array:

@@ -39,6 +39,7 @@ def test_frozen_parts_stay_bit_for_bit_and_a_resumed_run_does_not_start_again(tm
         init=InitialWeights(str(source)),
         optimizer=OPTIMIZER,
         repeated_captions="positives",
+        ema_decay=0.9,
         total_steps=4,
         checkpoint_every=2,
     )
@@ -47,8 +48,9 @@ def test_frozen_parts_stay_bit_for_bit_and_a_resumed_run_does_not_start_again(tm
     for path, leaf in after.items():
         fixed = path.startswith("visual/") or path == "logit_scale"
         assert np.array_equal(leaf, before[path][: leaf.shape[0]] if leaf.ndim else before[path]) == fixed, path
-    moments = {path for leaf, path in _paths(state.opt_state) if leaf.ndim}
+    moments = {path for leaf, path in _paths((state.opt_state, state.ema)) if leaf.ndim}
     assert moments and not any("visual" in path for path in moments)
+    assert not np.array_equal(state.ema["text"]["text_projection"], state.params["text"]["text_projection"])
     shutil.rmtree(workdir / "checkpoints" / "4")
     shutil.rmtree(source)
     again = run(config, str(workdir))
