@@ -9,7 +9,7 @@ import optax
 from jaxtyping import Array, Float, Int, UInt8
 
 from clip_jax.losses import captions_of
-from clip_jax.models import CLIP, normalize
+from clip_jax.models import CLIP, VisionTransformerConfig, normalize
 from clip_jax.parallel import Jitted, Partitioner
 from clip_jax.processing import Preprocess
 from clip_jax.training.parameters import merge, split
@@ -119,10 +119,15 @@ def kept_patches(training: Training, step: Int[Array, ""], batch: int) -> Int[Ar
     """
     if not training.patch_dropout:
         return None
-    patches = training.model.config.vision.tokens - 1
+    vision = training.model.config.vision
     key = jax.random.fold_in(jax.random.key(training.seed), step)
-    order = jnp.argsort(jax.random.uniform(key, (batch, patches)), axis=1)
-    return order[:, : max(1, int(patches * (1 - training.patch_dropout)))]
+    order = jnp.argsort(jax.random.uniform(key, (batch, vision.tokens - 1)), axis=1)
+    return order[:, : patches_kept(vision, training.patch_dropout)]
+
+
+def patches_kept(config: VisionTransformerConfig, patch_dropout: float) -> int:
+    """How many patches of an image a ViT sees in training."""
+    return max(1, int((config.tokens - 1) * (1 - patch_dropout)))
 
 
 def _split(x: Array, microbatches: int, shards: int) -> Array:
