@@ -105,20 +105,14 @@ def make_optimizer(config: OptimizerConfig, total_steps: int) -> optax.GradientT
 
     Its `init` raises UserError where a pattern matches none of them.
     """
+    mu_dtype = None if config.mu_dtype == "float32" else config.mu_dtype  # None: as parameters, float64 in proofs
     steps = [
-        optax.scale_by_adam(
-            b1=config.b1,
-            b2=config.b2,
-            eps=config.eps,
-            mu_dtype=None
-            if config.mu_dtype == "float32"
-            else config.mu_dtype,  # None: as parameters, float64 in proofs
-        ),
+        optax.scale_by_adam(config.b1, config.b2, config.eps, mu_dtype=mu_dtype),
         optax.masked(_add_decayed_weights(config), weight_decay_mask),
         optax.scale_by_learning_rate(learning_rate_schedule(config, total_steps)),
     ]
     if config.learning_rates or config.layer_decay != 1:
-        steps.insert(2, _scale_by_factors(config))
+        steps.insert(-1, _scale_by_factors(config))
     optimizer = optax.chain(*steps)
     if config.clip_updates:
         optimizer = _clip_updates(optimizer, config)
