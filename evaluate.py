@@ -8,13 +8,10 @@ python evaluate.py --weights ViT-B/32 --images a.jpg b.jpg --labels "a cup,not a
 """
 
 import argparse
-import json
-import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import installed  # noqa: F401  (first: it says what to do where the requirements are missing)
 from clip_jax import cli
@@ -22,8 +19,12 @@ from clip_jax.data.access import Access
 from clip_jax.errors import UserError
 from clip_jax.evaluation import prompts
 from clip_jax.evaluation.datasets import accepted_names, evaluation_set, expanded
-from clip_jax.evaluation.registry import paper_value
+from clip_jax.evaluation.rows import row_of, table, write_rows
 from clip_jax.weights import available_models
+from clip_jax.workdir import BEST, read_metrics
+
+if TYPE_CHECKING:
+    from clip_jax.evaluation.tasks import Result
 
 
 def main(argv: Sequence[str]) -> int:
@@ -49,7 +50,9 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument(
         "--templates", metavar="FILE_OR_TEXT", help="prompts in place of the data sets' own, as 'a photo of a {}.'"
     )
-    parser.add_argument("--output", metavar="FILE.json", help="write the results here, in CLIP_benchmark's format")
+    parser.add_argument(
+        "--output", metavar="FILE.json", help="write the results here, in CLIP_benchmark's format; or FILE.csv"
+    )
     parser.add_argument("--report", metavar="FILE.html", help="write a page with pictures here")
     parser.add_argument(
         "--images", metavar="FILE", nargs="+", help="instead of data sets: say which of --labels fit these images"
@@ -72,7 +75,7 @@ def classify_images(flags: argparse.Namespace, config: Any, weights: str) -> Non
         raise UserError("--labels goes with --images FILE ..., and neither with --datasets")
     check_labels(labels)
     if flags.report:
-        make_parent(Path(flags.report))
+        cli.make_parent(flags.report)
     encoders, variables = load_encoders(weights, config)
     result = classify(encoders, variables, flags.images, labels)
     for number, image in enumerate(result.images):
@@ -106,12 +109,8 @@ def evaluate(flags: argparse.Namespace, config: Any, weights: str) -> int:
     if not jobs:
         return 1
     for target in filter(None, (flags.output, flags.report)):
-        make_parent(Path(target))
-    if flags.report:
-        from clip_jax.reports.zero_shot import write_report
-        from clip_jax.workdir import BEST, read_metrics
-
-        metrics = read_metrics(weights.removesuffix(BEST))  # before the evaluation: a damaged line must not cost it
+        cli.make_parent(target)
+    metrics = read_metrics(weights.removesuffix(BEST)) if flags.report else []  # first: a damaged line must not cost it
     encoders, variables = load_encoders(weights, config)
     checked = []
     for task, dataset in jobs:
@@ -122,16 +121,39 @@ def evaluate(flags: argparse.Namespace, config: Any, weights: str) -> int:
     for task, dataset in checked:
         with tolerated(dataset.name, names, failed):
             results.append(task.run(encoders, variables, dataset))
-    model = config.name if config else weights
-    for result in results:
-        print(summary(result, model))
+    publish(flags, config.name if config else weights, weights, metrics, results)
+    return 1 if failed else 0
+
+
+def publish(
+    flags: argparse.Namespace,
+    model: str,
+    weights: str,
+    metrics: Sequence[Mapping[str, Any]],
+    results: Sequence["Result"],
+) -> None:
+    """Say what came of the evaluation: on the terminal, in --output and in --report.
+
+    Args:
+      flags: where to.
+      model: its name.
+      weights: where they are from.
+      metrics: of its training, for the report.
+      results: of all data sets that could be evaluated.
+
+    Raises:
+      UserError: a metric is not finite.
+    """
+    rows = [row_of(result, model, weights) for result in results]
+    if rows:
+        print(table(rows))
     if flags.output:
-        rows = [benchmark_row(result, model, weights) for result in results]
-        Path(flags.output).write_text(json.dumps(rows, indent=2, allow_nan=False) + "\n")
+        write_rows(flags.output, rows)
     if flags.report:
+        from clip_jax.reports.evaluation import write_report
+
         write_report(flags.report, f"clip_jax: {model}", metrics, results)
         print(f"report: {flags.report}")
-    return 1 if failed else 0
 
 
 @contextmanager
@@ -146,29 +168,9 @@ def tolerated(name: str, names: Sequence[str], failed: list[str]) -> Iterator[No
         print(f"error: {name}: {' '.join(str(error).split())}", file=sys.stderr)
 
 
-def summary(result: Any, model: str) -> str:
-    """One line on a result, with the paper's value where it has one."""
-    line = f"{result.dataset.name}: " + ", ".join(f"{key} {value:.4g}" for key, value in result.metrics.items())
-    expected = paper_value(model, result.dataset.name)
-    if expected is None or result.dataset.metric not in result.metrics:
-        return line
-    difference = result.metrics[result.dataset.metric] - expected
-    return f"{line}; the paper has {result.dataset.metric} {expected:.3f}, a difference of {difference:+.4f}"
-
-
 def names_in(text: str | None) -> list[str]:
     """What commas separate."""
     return [name.strip() for name in (text or "").split(",") if name.strip()]
-
-
-def make_parent(target: Path) -> None:
-    """The folder of a file to be written, made before the evaluation, not missed after it."""
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        if target.is_dir() or not os.access(target.parent, os.W_OK):
-            raise OSError("it is a folder" if target.is_dir() else f"{target.parent} cannot be written to")
-    except OSError as error:
-        raise UserError(f"cannot write {target}: {error}; name another file") from error
 
 
 def official_name(config: Any) -> str:
@@ -206,25 +208,6 @@ def load_encoders(weights: str, config: Any) -> tuple[Any, Any]:
     partitioner = make_partitioner(config.mesh if config else MeshConfig())
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_variables(model, partitioner))
     return make_encoders(model, partitioner), jax.device_put(variables, shardings)
-
-
-def benchmark_row(result: Any, model: str, pretrained: str) -> dict[str, Any]:
-    """One object of the list that CLIP_benchmark's tools read; for a classifier, what it was made of as well."""
-    dataset = result.dataset
-    classifier = {
-        "main_metric": dataset.metric,
-        "classes": len(dataset.class_names),
-        "templates": len(dataset.templates),
-    }
-    return {
-        "dataset": dataset.name,
-        "model": model,
-        "pretrained": pretrained,
-        "task": result.task,
-        "language": "en",
-        "metrics": result.metrics,
-        **(classifier if dataset.metric in result.metrics else {}),
-    }
 
 
 if __name__ == "__main__":

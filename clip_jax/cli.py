@@ -109,6 +109,21 @@ def assignments(rest: Sequence[str], parser: argparse.ArgumentParser, group: str
     return pairs
 
 
+def make_parent(path: str) -> None:
+    """Make the folder of a file to be written, before the work, so that it is not missed after it.
+
+    Raises:
+      UserError: the file cannot be written.
+    """
+    target = Path(path)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if target.is_dir() or not os.access(target.parent, os.W_OK):
+            raise OSError("it is a folder" if target.is_dir() else f"{target.parent} cannot be written to")
+    except OSError as error:
+        raise UserError(f"cannot write {target}: {error}; name another file") from error
+
+
 def _file_values(name: str) -> dict[str, Any]:
     """The plain values of what a config file's get_config() returns."""
     from ml_collections import ConfigDict
@@ -166,3 +181,5 @@ def _say_events() -> None:
     logger.setLevel(logging.INFO)
     logger.addHandler(BesideTheBar())
     logger.propagate = False
+    # Orbax logs tracebacks of what it raises as well; we say it in one line.
+    logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname)

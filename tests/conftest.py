@@ -33,6 +33,17 @@ settings.register_profile("fixed", derandomize=True, deadline=None, database=Non
 settings.load_profile("fixed")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(request, tmp_path_factory):
+    """What an evaluation keeps does not outlive the tests; the weights that network tests download do."""
+    if any(item.get_closest_marker("network") for item in request.session.items):
+        yield
+        return
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CLIP_JAX_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture(scope="session")
 def data_dir(tmp_path_factory):
     """One rendering of a small `shapes` data set for all tests."""

@@ -9,12 +9,13 @@ from jaxtyping import Float
 from tqdm import tqdm
 
 from clip_jax.errors import UserError
+from clip_jax.evaluation.classifiers import kept_zero_shot
 from clip_jax.evaluation.datasets import EvaluationSet
 from clip_jax.evaluation.features import Features
 from clip_jax.evaluation.linear_probe import Splits, choose_strength, extract_splits, rank_in_class
 from clip_jax.evaluation.logistic import LogisticRegression
 from clip_jax.evaluation.metrics import accuracy
-from clip_jax.evaluation.zero_shot import Encoders, Variables, zero_shot
+from clip_jax.evaluation.zero_shot import Encoders, Variables
 from clip_jax.parallel import Partitioner
 
 logger = logging.getLogger(__name__)
@@ -64,10 +65,10 @@ def few_shot(encoders: Encoders, variables: Variables, dataset: EvaluationSet, p
       progress: show bars.
 
     Raises:
-      UserError: see `extract_splits`, `zero_shot` and `fit_shots`.
+      UserError: see `extract_splits`, `zero_shot.zero_shot` and `fit_shots`.
     """
     splits = extract_splits(encoders, variables, dataset, progress)
-    zero = zero_shot(encoders, variables, dataset, progress).metrics["acc1"]
+    zero = kept_zero_shot(encoders, variables, dataset, progress).metrics["acc1"]
     return fit_shots(splits, zero, encoders.partitioner, progress)
 
 

@@ -72,13 +72,17 @@ def mean_of_top1_and_top5(scores: Scores, labels: Labels) -> float:
     return (accuracy(scores, labels) + accuracy(scores, labels, k=5)) / 2
 
 
-def mean_per_class_recall(scores: Scores, labels: Labels) -> float:
-    """Top-1 accuracy of each class that occurs, averaged over these classes."""
+def recall_per_class(scores: Scores, labels: Labels) -> Float[np.ndarray, "classes"]:
+    """Top-1 accuracy of each class; NaN of one that does not occur."""
     check_scores(scores, labels)
     correct = labels[scores.argmax(axis=1) == labels]
     totals, hits = (np.bincount(classes, minlength=scores.shape[1]) for classes in (labels, correct))
-    occurs = totals > 0
-    return float(np.mean(hits[occurs] / totals[occurs]))
+    return np.divide(hits, totals, out=np.full(len(totals), np.nan), where=totals > 0)
+
+
+def mean_per_class_recall(scores: Scores, labels: Labels) -> float:
+    """Top-1 accuracy of each class that occurs, averaged over these classes."""
+    return float(np.nanmean(recall_per_class(scores, labels)))
 
 
 def roc_auc(scores: Float[np.ndarray, "n 2"], labels: Labels) -> float:
@@ -101,19 +105,31 @@ def roc_auc(scores: Float[np.ndarray, "n 2"], labels: Labels) -> float:
 def mean_average_precision(scores: Scores, targets: Targets) -> float:
     """11-point interpolated average precision of each class that occurs, averaged over these: VOC2007's own metric.
 
+    Raises:
+      UserError: there is no image, a score is not finite, or no image shows any class.
+    """
+    precisions = precision_per_class(scores, targets)
+    if np.isnan(precisions).all():
+        raise UserError("mean average precision needs an image that shows one of the classes, got none")
+    return float(np.nanmean(precisions))
+
+
+def precision_per_class(scores: Scores, targets: Targets) -> Float[np.ndarray, "classes"]:
+    """11-point interpolated average precision of each class; NaN of one that does not occur.
+
     Args:
       scores: images are ordered by them within a class, so that it matters how those of different images compare: the
         paper's are probabilities, the softmax of the logits over the classes (github.com/openai/CLIP/issues/153).
       targets: whether an image shows a class.
 
     Raises:
-      UserError: there is no image, a score is not finite, or no image shows any class.
+      UserError: there is no image, or a score is not finite.
     """
     check_finite(scores, "scores")
-    occurring = np.flatnonzero(targets.any(axis=0))
-    if not occurring.size:
-        raise UserError("mean average precision needs an image that shows one of the classes, got none")
-    return float(np.mean([_average_precision(scores[:, number], targets[:, number]) for number in occurring]))
+    precisions = np.full(targets.shape[1], np.nan)
+    for number in np.flatnonzero(targets.any(axis=0)):
+        precisions[number] = _average_precision(scores[:, number], targets[:, number])
+    return precisions
 
 
 def confusion_matrix(scores: Scores, labels: Labels) -> Int[np.ndarray, "c c"]:

@@ -7,8 +7,12 @@ from importlib.resources import files
 from typing import Any
 
 from clip_jax.data.folder import DEFAULT_TEMPLATES
+from clip_jax.errors import UserError
+from clip_jax.evaluation.metrics import METRICS
+from clip_jax.options import from_dict
 
 _TABLES = tomllib.loads(files(__package__).joinpath("registry.toml").read_text(encoding="utf-8"))
+_PREFIXES = {"linear_probe": "lp_"}  # of the metrics of a task
 
 
 @dataclass(frozen=True)
@@ -43,18 +47,57 @@ class Entry:
     renamed: tuple[tuple[str, str, str], ...] = ()
     obtain: str = ""
 
+    def __post_init__(self):
+        if self.metric not in METRICS:
+            raise UserError(f"metric must be one of {', '.join(METRICS)}; got {self.metric!r}")
+        if self.classes < 0 or self.prompts < 0:
+            raise UserError(f"expected counts from 0, got {self.classes} classes and {self.prompts} prompts")
 
-def _frozen(value: Any) -> Any:
-    return tuple(map(_frozen, value)) if isinstance(value, list) else value
+
+def read(tables: Mapping[str, Any], origin: str = "registry.toml") -> dict[str, Entry]:
+    """The entries of the tables of `sets`, by name.
+
+    Raises:
+      UserError: a field that there is not, or a value of another type or that cannot be.
+    """
+    return {name: from_dict(Entry, values, f"{origin}, set {name}") for name, values in tables.items()}
 
 
-EVALUATION_SETS: dict[str, Entry] = {
-    name: Entry(**{key: _frozen(value) for key, value in values.items()}) for name, values in _TABLES["sets"].items()
-}
+EVALUATION_SETS: dict[str, Entry] = read(_TABLES["sets"])
 SUITES: dict[str, tuple[str, ...]] = {name: tuple(sets) for name, sets in _TABLES["suites"].items()}
+_IN_ORDER = (*SUITES["paper27"], *SUITES["imagenet_robustness"])
 
 
-def paper_value(model: str, name: str) -> float | None:
-    """The paper's zero-shot result of an official model (table 11), as a share of 1; None where it has none."""
-    values = dict(zip(SUITES["paper27"], _TABLES["paper"].get(model, ()), strict=False))
-    return round(values[name] / 100, 4) if name in values else None
+def paper_values(model: str, name: str, task: str) -> dict[str, float]:
+    """What the paper reports of an official model on a data set.
+
+    Args:
+      model: its official name.
+      name: of the data set.
+      task: as results call it, such as `zeroshot_classification`.
+
+    Returns:
+      the values by metric, as shares of 1; empty where the paper has none.
+    """
+    own = _TABLES["paper"].get(task, {}).get(model, {})
+    values = own if isinstance(own, dict) else dict(zip(_IN_ORDER, own, strict=False))
+    if name not in values:
+        return {}
+    found = values[name]
+    if not isinstance(found, dict):  # a single number is of what the set is judged by
+        found = {f"{_PREFIXES.get(task, '')}{EVALUATION_SETS[name].metric}": found}
+    return {metric: round(value / 100, 4) for metric, value in found.items()}
+
+
+def known_name(name: str) -> str:
+    """A data set by its name here, whatever CLIP_benchmark calls it: `wds/vtab/pets` is `pets`."""
+    listed = {entry.wds: known for known, entry in EVALUATION_SETS.items() if entry.wds}
+    return listed.get(name.removeprefix("wds/"), name)
+
+
+def official_name(model: str, pretrained: str) -> str:
+    """An official model by its name, where CLIP_benchmark calls it as open_clip does: `ViT-L/14@336px`."""
+    if pretrained != "openai":
+        return model
+    names = {name.replace("/", "-").replace("@336px", "-336"): name for name in _TABLES["paper"]["linear_probe"]}
+    return names.get(model.removesuffix("-quickgelu"), model)

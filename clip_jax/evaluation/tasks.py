@@ -7,11 +7,12 @@ from types import MappingProxyType
 from typing import ClassVar, Protocol
 
 from clip_jax.errors import UserError
-from clip_jax.evaluation.datasets import EvaluationSet
+from clip_jax.evaluation.classifiers import kept_zero_shot
+from clip_jax.evaluation.datasets import SEVERAL_CLASSES, EvaluationSet
 from clip_jax.evaluation.few_shot import few_shot
 from clip_jax.evaluation.linear_probe import linear_probe
 from clip_jax.evaluation.retrieval import zero_shot_retrieval
-from clip_jax.evaluation.zero_shot import Encoders, Variables, check_prompts, zero_shot
+from clip_jax.evaluation.zero_shot import Encoders, Variables, check_prompts
 
 
 class Result(Protocol):
@@ -48,16 +49,19 @@ class Task:
     check: Callable[[Encoders, EvaluationSet], None] = lambda encoders, dataset: None
 
 
+_TRAINING = "training split whose images have one named class each"
+
+
 def _has_training_split(dataset: EvaluationSet) -> bool:
-    return bool(dataset.class_names) and dataset.train is not None
+    return bool(dataset.class_names) and dataset.train is not None and dataset.metric != SEVERAL_CLASSES
 
 
 TASKS: Mapping[str, Task] = MappingProxyType(
     {
-        "zeroshot": Task(zero_shot, "named classes", lambda dataset: bool(dataset.class_names), check_prompts),
+        "zeroshot": Task(kept_zero_shot, "named classes", lambda dataset: bool(dataset.class_names), check_prompts),
         "retrieval": Task(zero_shot_retrieval, "captions", lambda dataset: bool(dataset.source[0].captions)),
-        "linear_probe": Task(linear_probe, "training split with named classes", _has_training_split),
-        "few_shot": Task(few_shot, "training split with named classes", _has_training_split),
+        "linear_probe": Task(linear_probe, _TRAINING, _has_training_split),
+        "few_shot": Task(few_shot, _TRAINING, _has_training_split),
     }
 )
 

@@ -173,8 +173,15 @@ def zero_shot_classifier(
     return np.asarray(normalize(jnp.asarray(means)))
 
 
+MakeClassifier = Callable[[Encoders, Variables, Sequence[str], Sequence[str]], Float[np.ndarray, "classes embed_dim"]]
+
+
 def zero_shot(
-    encoders: Encoders, variables: Variables, dataset: EvaluationSet, progress: bool = True
+    encoders: Encoders,
+    variables: Variables,
+    dataset: EvaluationSet,
+    progress: bool = True,
+    make_classifier: MakeClassifier = zero_shot_classifier,
 ) -> ZeroShotResult:
     """Classify every image of `dataset` among its classes.
 
@@ -183,12 +190,13 @@ def zero_shot(
       variables: its weights.
       dataset: labelled images, class names and templates.
       progress: show a bar.
+      make_classifier: of class names and templates; one that keeps classifiers, say.
 
     Raises:
       UserError: a prompt that does not fit, an image that cannot be read, a missing label, scores that are not finite.
     """
     check_prompts(encoders, dataset)
-    classifier = zero_shot_classifier(encoders, variables, dataset.class_names, dataset.templates)
+    classifier = make_classifier(encoders, variables, dataset.class_names, dataset.templates)
     several = len(dataset.class_names) if dataset.metric == SEVERAL_CLASSES else 0
     scores, labels = [], []
     batches = evaluation_batches(dataset.source, BATCH_SIZE, encoders.preprocess, several)

@@ -30,21 +30,24 @@ def write_page(path: str | Path, template: str, **values: Any) -> None:
 
 
 def picture_url(image: Image.Image, side: int = THUMBNAIL) -> str:
-    """An image whose longer side is `side` pixels, as an address that holds it."""
+    """An image whose longer side is `side` pixels, as an address that holds it; enlarged, it keeps its pixels."""
     image = image.convert("RGB")
     scale = side / max(image.size)
     size = tuple(max(1, round(length * scale)) for length in image.size)
     buffer = io.BytesIO()
-    image.resize(size, Image.Resampling.NEAREST if scale > 1 else Image.Resampling.BICUBIC).save(buffer, "PNG")
-    return _data_url(buffer)
+    if scale > 1:
+        image.resize(size, Image.Resampling.NEAREST).save(buffer, "PNG")
+        return _data_url(buffer, "png")
+    image.resize(size, Image.Resampling.BICUBIC).save(buffer, "JPEG", quality=85)
+    return _data_url(buffer, "jpeg")
 
 
 def figure_url(figure: Figure) -> str:
     """A figure, as an address that holds it."""
     buffer = io.BytesIO()
     FigureCanvasAgg(figure).print_png(buffer)
-    return _data_url(buffer)
+    return _data_url(buffer, "png")
 
 
-def _data_url(png: io.BytesIO) -> str:
-    return "data:image/png;base64," + base64.b64encode(png.getvalue()).decode()
+def _data_url(buffer: io.BytesIO, form: str) -> str:
+    return f"data:image/{form};base64,{base64.b64encode(buffer.getvalue()).decode()}"

@@ -1,100 +1,90 @@
-"""A self-contained HTML page about a trained model: what it learned, what it sees, where it errs."""
+"""The part of the page about one data set, each of whose images has one class."""
 
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from matplotlib.figure import Figure
 
-from clip_jax.evaluation.few_shot import FewShotResult
-from clip_jax.evaluation.linear_probe import LinearProbeResult
-from clip_jax.evaluation.metrics import confusion_matrix
-from clip_jax.evaluation.prompts import prompt
-from clip_jax.evaluation.retrieval import RetrievalResult
+from clip_jax.evaluation.metrics import confusion_matrix, recall_per_class
 from clip_jax.evaluation.zero_shot import ZeroShotResult
-from clip_jax.processing.images import open_image
-from clip_jax.reports.few_shot import few_shot_curve
-from clip_jax.reports.page import figure_url, picture_url, write_page
+from clip_jax.reports.page import figure_url
+from clip_jax.reports.samples import spread, text_of, thumbnail
 
 SAMPLES = 12  # images shown with their prediction
 MATRIX = 8  # images and texts in the similarity matrix
+PAIRS = 8  # of classes that are confused
+UNCERTAIN = 8  # images
 MOST_CLASSES = 100  # in a picture of the confusion matrix
 
-AnyResult = ZeroShotResult | RetrievalResult | LinearProbeResult | FewShotResult
+_BLOCK = 4096  # images whose scores are compared at a time
 
 
-def write_report(
-    path: str | Path,
-    title: str,
-    metrics: Sequence[Mapping[str, Any]],
-    results: Sequence[AnyResult],
-) -> None:
-    """Write the page; pictures are inside it, so that the one file can be sent to anyone.
+@dataclass(frozen=True)
+class _Judged:
+    """What the model says of each image.
 
-    Args:
-      path: the HTML file; its folder is created.
-      title: heading.
-      metrics: the lines of metrics.jsonl; empty if the model was not trained here.
-      results: one section each of zero-shot classification, one row each of retrieval and linear probes, and one
-        picture of all few-shot curves.
+    Attributes:
+      result: the scores.
+      first: the best class.
+      second: the one after it.
+      margins: how far apart their scores are.
     """
-    classified = [result for result in results if isinstance(result, ZeroShotResult)]
-    retrieved = [result for result in results if isinstance(result, RetrievalResult)]
-    probed = [result for result in results if isinstance(result, LinearProbeResult)]
-    few_shot = [result for result in results if isinstance(result, FewShotResult)]
-    losses = [(line["step"], line["loss"]) for line in metrics if "loss" in line]
-    write_page(
-        path,
-        "zero_shot.html",
-        title=title,
-        loss_curve=_loss_curve(losses) if losses else None,
-        metrics=_metric_names(classified),
-        sections=[_section(result) for result in classified],
-        retrieval_metrics=_metric_names(retrieved),
-        retrieved=retrieved,
-        probe_metrics=_metric_names(probed),
-        probed=probed,
-        few_shot_curve=few_shot_curve(few_shot) if few_shot else None,
-    )
+
+    result: ZeroShotResult
+    first: Int[np.ndarray, "n"]
+    second: Int[np.ndarray, "n"]
+    margins: Float[np.ndarray, "n"]
+
+    @property
+    def right(self) -> np.ndarray:
+        """Whether it is so."""
+        return self.first == self.result.labels
 
 
-def _metric_names(results: Sequence[AnyResult]) -> list[str]:
-    """The metrics that any of the results has, in the order of that which has most."""
-    longest_first = sorted((list(result.metrics) for result in results), key=len, reverse=True)
-    return list(dict.fromkeys(name for names in longest_first for name in names))
-
-
-def _section(result: ZeroShotResult) -> dict[str, Any]:
+def zero_shot_section(result: ZeroShotResult) -> dict[str, Any]:
     """What the template shows of one data set."""
-    classes = len(result.dataset.class_names)
-    single = result.labels.ndim == 1  # pictures with one class each
+    judged, classes = _judge(result), len(result.dataset.class_names)
     return {
-        "name": result.dataset.name,
-        "images": len(result.labels),
+        "samples": _samples(judged),
+        "similarity": _similarity(result),
+        "per_class": _per_class(judged),
+        "pairs": _confused(judged),
+        "uncertain": _uncertain(judged) if classes > 1 else [],
         "classes": classes,
-        "metrics": result.metrics,
-        "samples": _samples(result) if single else [],
-        "similarity": _similarity(result) if single else None,
-        "confusion": _confusion(result) if single and classes <= MOST_CLASSES else None,
+        "confusion": _confusion(result) if classes <= MOST_CLASSES else None,
     }
 
 
-def _samples(result: ZeroShotResult) -> list[dict[str, Any]]:
+def _judge(result: ZeroShotResult) -> _Judged:
+    blocks = [_two_best(result.scores[start : start + _BLOCK]) for start in range(0, len(result.scores), _BLOCK)]
+    return _Judged(result, *(np.concatenate(parts) for parts in zip(*blocks, strict=True)))
+
+
+def _two_best(scores: Float[np.ndarray, "n classes"]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The best class of each image, the second best, and the distance of their scores."""
+    rows, first = np.arange(len(scores)), scores.argmax(axis=1)
+    others = scores.copy()
+    others[rows, first] = -np.inf
+    second = others.argmax(axis=1)
+    return first, second, scores[rows, first] - scores[rows, second]
+
+
+def _samples(judged: _Judged) -> list[dict[str, Any]]:
     """Some images with their true and predicted texts, mistakes first so that they are not hidden."""
-    predictions = result.scores.argmax(axis=1)
-    wrong = np.flatnonzero(predictions != result.labels)
-    right = np.flatnonzero(predictions == result.labels)
-    chosen = np.concatenate([_spread(wrong, SAMPLES // 3), _spread(right, SAMPLES)])[:SAMPLES]
+    dataset, labels = judged.result.dataset, judged.result.labels
+    wrong, right = np.flatnonzero(~judged.right), np.flatnonzero(judged.right)
+    chosen = np.concatenate([spread(wrong, SAMPLES // 3), spread(right, SAMPLES)])[:SAMPLES]
     return [
         {
-            "picture": _thumbnail(result, index),
-            "prediction": _text(result, predictions[index]),
-            "truth": _text(result, result.labels[index]),
-            "right": predictions[index] == result.labels[index],
+            "picture": thumbnail(dataset, index),
+            "prediction": text_of(dataset, judged.first[index]),
+            "truth": text_of(dataset, labels[index]),
+            "right": judged.right[index],
         }
-        for index in chosen.tolist()
+        for index in chosen
     ]
 
 
@@ -104,26 +94,90 @@ def _similarity(result: ZeroShotResult) -> dict[str, Any]:
     Returns:
       the pictures, and for each text its row of (cosine similarity, the same scaled to [0, 1]).
     """
-    labels = _spread(np.unique(result.labels), MATRIX)
+    labels = spread(np.unique(result.labels), MATRIX)
     images = np.array([np.flatnonzero(result.labels == label)[0] for label in labels])
     values = result.scores[images][:, labels].T
     shares = (values - values.min()) / max(np.ptp(values), 1e-6)
     return {
-        "pictures": [_thumbnail(result, index) for index in images.tolist()],
+        "pictures": [thumbnail(result.dataset, index) for index in images],
         "rows": [
-            (_text(result, label), list(zip(*row, strict=True)))
+            (text_of(result.dataset, label), list(zip(*row, strict=True)))
             for label, *row in zip(labels, values.tolist(), shares.tolist(), strict=True)
         ],
     }
 
 
-def _loss_curve(losses: Sequence[tuple[int, float]]) -> str:
-    figure = Figure(figsize=(10, 3), layout="constrained")
-    axes = figure.subplots()
-    axes.plot(*zip(*losses, strict=True), linewidth=1.2)
-    axes.set(xlabel="step", ylabel="loss", ylim=(0, None))
-    axes.spines[["top", "right"]].set_visible(False)
-    return figure_url(figure)
+def _per_class(judged: _Judged) -> list[dict[str, Any]]:
+    """The accuracy of each class that occurs, the worst first, and what it is most often taken for instead."""
+    names, labels = judged.result.dataset.class_names, judged.result.labels
+    accuracies = recall_per_class(judged.result.scores, labels)
+    images = np.bincount(labels, minlength=len(names))
+    mistaken: dict[int, str] = {}
+    for label, prediction, _ in _pairs(judged):
+        mistaken.setdefault(label, names[prediction])
+    order = np.argsort(accuracies, kind="stable")[: np.count_nonzero(images)]  # those that do not occur are NaN, last
+    return [
+        {
+            "name": names[label],
+            "images": int(images[label]),
+            "value": float(accuracies[label]),
+            "taken_for": mistaken.get(label, ""),
+        }
+        for label in order.tolist()
+    ]
+
+
+def _pairs(judged: _Judged) -> Iterator[tuple[int, int, int]]:
+    """(class, what it was taken for, how often), the most frequent first."""
+    classes = len(judged.result.dataset.class_names)
+    mistakes = judged.result.labels.astype(np.int64) * classes + judged.first
+    pairs, counts = np.unique(mistakes[~judged.right], return_counts=True)
+    for number in np.argsort(-counts, kind="stable"):
+        yield *divmod(int(pairs[number]), classes), int(counts[number])
+
+
+def _confused(judged: _Judged) -> list[dict[str, Any]]:
+    """The pairs of classes that are confused most often: the surest mistake, and what the other class looks like."""
+    dataset, labels = judged.result.dataset, judged.result.labels
+    shown = []
+    for (label, prediction, count), _ in zip(_pairs(judged), range(PAIRS), strict=False):
+        mistake = _surest(judged, (labels == label) & (judged.first == prediction))
+        example = _surest(judged, (labels == prediction) & judged.right)
+        if example is None:
+            example = _surest(judged, labels == prediction)
+        shown.append(
+            {
+                "truth": dataset.class_names[label],
+                "prediction": dataset.class_names[prediction],
+                "count": count,
+                "images": np.count_nonzero(labels == label),
+                "picture": thumbnail(dataset, mistake),
+                "example": "" if example is None else thumbnail(dataset, example),
+            }
+        )
+    return shown
+
+
+def _surest(judged: _Judged, among: np.ndarray) -> int | None:
+    """Of some images, the one that the model is surest of; None of none."""
+    indices = np.flatnonzero(among)
+    return int(indices[judged.margins[indices].argmax()]) if indices.size else None
+
+
+def _uncertain(judged: _Judged) -> list[dict[str, Any]]:
+    """The images whose two best classes are nearest to each other."""
+    result = judged.result
+    return [
+        {
+            "picture": thumbnail(result.dataset, index),
+            "best": [
+                (result.dataset.class_names[label], float(result.scores[index, label]), label == result.labels[index])
+                for label in (judged.first[index], judged.second[index])
+            ],
+            "truth": result.dataset.class_names[result.labels[index]],
+        }
+        for index in np.argsort(judged.margins, kind="stable")[:UNCERTAIN]
+    ]
 
 
 def _confusion(result: ZeroShotResult) -> str:
@@ -141,19 +195,3 @@ def _confusion(result: ZeroShotResult) -> str:
     axes.set_yticks(range(len(rows)), [names[k] for k in rows], fontsize=8, parse_math=False)
     figure.colorbar(picture, ax=axes, label="share of the class")
     return figure_url(figure)
-
-
-def _text(result: ZeroShotResult, label: int | np.integer) -> str:
-    """The first prompt of a class."""
-    return prompt(result.dataset.templates[0], result.dataset.class_names[label])
-
-
-def _spread(indices: Int[np.ndarray, "n"], count: int) -> Int[np.ndarray, "m"]:
-    """At most `count` of the indices, evenly over them."""
-    if len(indices) <= count:
-        return indices
-    return indices[np.linspace(0, len(indices) - 1, count).astype(int)]
-
-
-def _thumbnail(result: ZeroShotResult, index: int) -> str:
-    return picture_url(open_image(result.dataset.source[index].image))

@@ -347,5 +347,6 @@ def _numbered(path: epath.Path) -> Iterator[epath.Path]:
 
 
 def _shortened(error: Exception) -> str:
-    """The first line of an exception."""
-    return (str(error).strip().split("\n")[0] or type(error).__name__)[:300]
+    """The end of the first line of an exception, where TensorStore says what the system said."""
+    line = str(error).strip().split("\n")[0].partition(" [os_error_code")[0] or type(error).__name__
+    return line if len(line) <= 200 else f"... {line[-200:]}"

@@ -2,8 +2,12 @@
 
 import json
 import logging
+import tempfile
 from collections.abc import Mapping
+from contextlib import nullcontext
+from pathlib import Path
 
+from etils import epath
 from tensorboardX import SummaryWriter
 
 from clip_jax.errors import RunStopped
@@ -31,7 +35,7 @@ class MetricsWriter:
             write_whole(root / DAMAGED_METRICS, "".join(f"{line}\n" for line in damaged))
         self._text = "".join(_to_line(line) for line in lines if line["step"] <= start_step)
         write_whole(self._path, self._text)
-        self._events = SummaryWriter(str(root), purge_step=start_step + 1)
+        self._events = _Events(root, start_step)
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """Append one line and the same values as TensorBoard scalars.
@@ -42,8 +46,7 @@ class MetricsWriter:
         line = _to_line({"step": step, **metrics})
         try:
             self._append(line)
-            for key, value in metrics.items():
-                self._events.add_scalar(key if "/" in key else f"train/{key}", value, step)
+            self._events.write(step, metrics)
         except OSError as error:
             raise RunStopped(
                 f"cannot write {self._path} ({error}); the checkpoints are safe: mend that, and run the same command "
@@ -61,6 +64,32 @@ class MetricsWriter:
     def close(self) -> None:
         """Flush the events."""
         self._events.close()
+
+
+class _Events:
+    """TensorBoard's file of events. In a bucket, where files cannot grow, it is a copy of a local one."""
+
+    def __init__(self, root: epath.Path, start_step: int):
+        self._bucket = root if "://" in str(root) else None
+        self._local = tempfile.TemporaryDirectory() if self._bucket else nullcontext(str(root))
+        self._folder = self._local.__enter__()
+        self._writer = SummaryWriter(self._folder, purge_step=start_step + 1)
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        for key, value in metrics.items():
+            self._writer.add_scalar(key if "/" in key else f"train/{key}", value, step)
+        self._copy()
+
+    def close(self) -> None:
+        self._writer.close()
+        self._copy()
+        self._local.__exit__(None, None, None)
+
+    def _copy(self) -> None:
+        if self._bucket:
+            self._writer.flush()
+            for file in Path(self._folder).iterdir():
+                (self._bucket / file.name).write_bytes(file.read_bytes())
 
 
 def _to_line(values: Mapping[str, int | float]) -> str:

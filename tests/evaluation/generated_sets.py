@@ -18,8 +18,19 @@ FORMS = {
     "tfds": [name for name, entry in LISTED.items() if entry.tfds],
     "folder": [name for name, entry in LISTED.items() if entry.obtain],
 }
+_CIFAR100 = """apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle bowl boy bridge bus butterfly camel
+can castle caterpillar cattle chair chimpanzee clock cloud cockroach couch crab crocodile cup dinosaur dolphin elephant
+flatfish forest fox girl hamster house kangaroo keyboard lamp lawn_mower leopard lion lizard lobster man maple_tree
+motorcycle mountain mouse mushroom oak_tree orange orchid otter palm_tree pear pickup_truck pine_tree plain plate poppy
+porcupine possum rabbit raccoon ray road rocket rose sea seal shark shrew skunk skyscraper snail snake spider squirrel
+streetcar sunflower sweet_pepper table tank telephone television tiger tractor train trout tulip turtle wardrobe whale
+willow_tree wolf woman worm"""
 # What TFDS learns when it prepares a data set; before, it has numbers.
-NAMES_OF_DOWNLOADS = {"cifar10": 10, "cifar100": 100, "stl10": 10}
+NAMES_OF_DOWNLOADS = {
+    "cifar10": ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"],
+    "cifar100": _CIFAR100.split(),
+    "stl10": ["airplane", "bird", "car", "cat", "deer", "dog", "horse", "monkey", "ship", "truck"],
+}
 
 
 def photo(number, size=(8, 8)):
@@ -78,7 +89,7 @@ def write_tfds(root, name):
 
     def generate(*_, **__):
         if entry.tfds["name"] in NAMES_OF_DOWNLOADS:
-            features["label"].names = words(NAMES_OF_DOWNLOADS[entry.tfds["name"]])
+            features["label"].names = NAMES_OF_DOWNLOADS[entry.tfds["name"]]
         return {split: ((number, _example(features, entry, number)) for number in range(count))}
 
     builder._split_generators = generate

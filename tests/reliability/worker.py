@@ -5,6 +5,7 @@ The JSON object says
   kill: name of the moment at which the process kills itself, one of MOMENTS or "after SECONDS"
   count: at which time of coming by, from 1
   signal: what it sends itself; SIGKILL by default
+  logs: folder of the batches' logs; by default the workdir
   config: changed fields of the run's configuration
   coordinator, processes, index: where it is one of several processes
 """
@@ -42,7 +43,7 @@ def main(workdir: str, order: dict) -> None:
         threading.Timer(float(moment.removeprefix("after ")), end, [order]).start()
     elif moment:
         MOMENTS[moment](functools.partial(end, order), count=order.get("count", 1))
-    LoggedBatches.folder, run.TrainBatches = workdir, LoggedBatches
+    LoggedBatches.folder, run.TrainBatches = order.get("logs", workdir), LoggedBatches
     config = {"total_steps": STEPS, "log_every": 1, "checkpoint_every": 3, **order.get("config", {})}
     run.run(config_of(**config), workdir)
 
