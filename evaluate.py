@@ -5,17 +5,22 @@ python evaluate.py --weights runs/demo --datasets shapes,digits --report report.
 python evaluate.py --config vit_b32 --datasets paper27
 python evaluate.py --weights ViT-B/32 --datasets wds_flickr30k,folder:photos --tasks retrieval
 python evaluate.py --weights ViT-B/32 --images a.jpg b.jpg --labels "a cup,not a cup"
+
+On a TPU pod or under Slurm, start this on every host: each reads its part of the data, and the first one says what came
+of it. Elsewhere tell each process who it is with --coordinator, --processes and --process_index.
 """
 
 import argparse
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import installed  # noqa: F401  (first: it says what to do where the requirements are missing)
 from clip_jax import cli
 from clip_jax.data.access import Access
+from clip_jax.distributed import is_first, on_first_process, together
 from clip_jax.errors import UserError
 from clip_jax.evaluation import prompts
 from clip_jax.evaluation.datasets import accepted_names, evaluation_set, expanded
@@ -58,8 +63,10 @@ def main(argv: Sequence[str]) -> int:
         "--images", metavar="FILE", nargs="+", help="instead of data sets: say which of --labels fit these images"
     )
     parser.add_argument("--labels", metavar="A,B,C", help="texts to compare --images with, as 'a cup,not a cup'")
+    cli.add_process_flags(parser)
     flags, config = cli.parse(parser, argv, needs_config=False)
     weights = flags.weights or official_name(config)
+    cli.join_processes(flags)
     if flags.images or flags.labels:
         classify_images(flags, config, weights)
         return 0
@@ -74,10 +81,11 @@ def classify_images(flags: argparse.Namespace, config: Any, weights: str) -> Non
     if not flags.images or flags.datasets:
         raise UserError("--labels goes with --images FILE ..., and neither with --datasets")
     check_labels(labels)
-    if flags.report:
-        cli.make_parent(flags.report)
+    make_parents(flags)
     encoders, variables = load_encoders(weights, config)
-    result = classify(encoders, variables, flags.images, labels)
+    result = classify(encoders, variables, flags.images, labels, is_first())
+    if not is_first():
+        return
     for number, image in enumerate(result.images):
         print(f"{image}: " + ", ".join(f"{label} {100 * value:.1f}%" for label, value in result.best(number)))
     if flags.report:
@@ -98,19 +106,19 @@ def evaluate(flags: argparse.Namespace, config: Any, weights: str) -> int:
     from clip_jax.evaluation.tasks import chosen_tasks
 
     access = config.access if config else Access(offline=flags.offline)
-    class_names = prompts.lines_of(flags.class_names) if flags.class_names else ()
-    templates = prompts.templates_from(flags.templates) if flags.templates else ()
+    class_names = together(partial(prompts.lines_of, flags.class_names)) if flags.class_names else ()
+    templates = together(partial(prompts.templates_from, flags.templates)) if flags.templates else ()
     failed: list[str] = []
     jobs = []
     for name in names:
         with tolerated(name, names, failed):
-            dataset = evaluation_set(name, access, class_names, templates)
-            jobs += [(task, dataset) for task in chosen_tasks(dataset, names_in(flags.tasks))]
+            dataset = together(partial(evaluation_set, name, access, class_names, templates))
+            jobs += [(task, dataset) for task in together(partial(chosen_tasks, dataset, names_in(flags.tasks)))]
     if not jobs:
         return 1
-    for target in filter(None, (flags.output, flags.report)):
-        cli.make_parent(target)
-    metrics = read_metrics(weights.removesuffix(BEST)) if flags.report else []  # first: a damaged line must not cost it
+    make_parents(flags)
+    # Before the evaluation: a damaged line must not cost it.
+    metrics = on_first_process(partial(read_metrics, weights.removesuffix(BEST))) if flags.report else []
     encoders, variables = load_encoders(weights, config)
     checked = []
     for task, dataset in jobs:
@@ -120,8 +128,9 @@ def evaluate(flags: argparse.Namespace, config: Any, weights: str) -> int:
     results = []
     for task, dataset in checked:
         with tolerated(dataset.name, names, failed):
-            results.append(task.run(encoders, variables, dataset))
-    publish(flags, config.name if config else weights, weights, metrics, results)
+            results.append(task.run(encoders, variables, dataset, is_first()))
+    if is_first():
+        publish(flags, config.name if config else weights, weights, metrics, results)
     return 1 if failed else 0
 
 
@@ -156,6 +165,12 @@ def publish(
         print(f"report: {flags.report}")
 
 
+def make_parents(flags: argparse.Namespace) -> None:
+    """The folders of what is to be written, made before the evaluation, not missed after it."""
+    for target in filter(None, (flags.output, flags.report)):
+        on_first_process(partial(cli.make_parent, target))
+
+
 @contextmanager
 def tolerated(name: str, names: Sequence[str], failed: list[str]) -> Iterator[None]:
     """Report what is wrong with one data set of several, so that the others still run."""
@@ -165,7 +180,8 @@ def tolerated(name: str, names: Sequence[str], failed: list[str]) -> Iterator[No
         if len(names) == 1:
             raise
         failed.append(name)
-        print(f"error: {name}: {' '.join(str(error).split())}", file=sys.stderr)
+        if is_first():
+            print(f"error: {name}: {' '.join(str(error).split())}", file=sys.stderr)
 
 
 def names_in(text: str | None) -> list[str]:
@@ -189,14 +205,14 @@ def load_encoders(weights: str, config: Any) -> tuple[Any, Any]:
     """The model that --weights names, ready to run as the config says, and its variables on the mesh."""
     import jax
 
-    from clip_jax.evaluation.zero_shot import make_encoders
+    from clip_jax.evaluation.encoders import make_encoders
     from clip_jax.models import CLIP, Execution
     from clip_jax.options import kept_values
     from clip_jax.parallel import MeshConfig, make_partitioner
     from clip_jax.training.state import abstract_variables
     from clip_jax.weights import load_variables
 
-    architecture, variables = load_variables(weights)
+    architecture, variables = together(partial(load_variables, weights))
     if config and architecture != config.model:
         found, expected = kept_values(architecture), kept_values(config.model)
         name = next(name for name in sorted({*found, *expected}) if found.get(name) != expected.get(name))

@@ -33,9 +33,7 @@ def main(argv: Sequence[str]) -> None:
         help="read all training data once and say what is damaged, instead of training; one machine is enough",
     )
     parser.add_argument("--plan_output", metavar="FILE.json", help="also write the plan here")
-    parser.add_argument("--coordinator", metavar="HOST:PORT", help="address of process 0, when started by hand")
-    parser.add_argument("--processes", type=int, help="how many processes there are, when started by hand")
-    parser.add_argument("--process_index", type=int, help="which of them this is, when started by hand")
+    cli.add_process_flags(parser)
     flags, config = cli.parse(parser, argv)
     if flags.check_data:
         check_data(config)
@@ -49,10 +47,9 @@ def main(argv: Sequence[str]) -> None:
 
         main_plan(config, flags.plan, flags.plan_output)
         return
-    from clip_jax.training.distributed import initialize
     from clip_jax.training.run import run
 
-    initialize(flags.coordinator, flags.processes, flags.process_index)
+    cli.join_processes(flags)
     run(config, flags.workdir, zero_shot_evaluation if config.eval_datasets else None)
 
 
@@ -76,12 +73,14 @@ def check_data(config: Any) -> None:
 
 def zero_shot_evaluation(config: Any, training: Any) -> Any:
     """What training calls every `eval_every` steps: zero-shot accuracy on the config's data sets."""
+    from clip_jax.distributed import together
     from clip_jax.evaluation.datasets import evaluation_set
+    from clip_jax.evaluation.encoders import make_encoders
     from clip_jax.evaluation.tasks import chosen_tasks
-    from clip_jax.evaluation.zero_shot import check_prompts, make_encoders, zero_shot
+    from clip_jax.evaluation.zero_shot import check_prompts, zero_shot
 
     encoders = make_encoders(training.model, training.partitioner)
-    datasets = [evaluation_set(name, config.access) for name in config.eval_datasets]
+    datasets = together(lambda: [evaluation_set(name, config.access) for name in config.eval_datasets])
     for dataset in datasets:
         chosen_tasks(dataset, ["zeroshot"])
         check_prompts(encoders, dataset)

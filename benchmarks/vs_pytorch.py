@@ -9,14 +9,9 @@ medians over the rounds.
 """
 
 import argparse
-import multiprocessing
-import resource
 import statistics
 import sys
-import time
-from collections.abc import Callable
 from functools import partial
-from multiprocessing.connection import Connection
 from pathlib import Path
 
 import jax
@@ -25,9 +20,9 @@ import numpy as np
 import torch
 
 from benchmarks.machine import cpu
+from benchmarks.race import Run, Turn, race
 from clip_jax.models import CLIP, OPENAI_MODELS, CLIPConfig, ResNetConfig
 from clip_jax.parallel import MeshConfig, make_partitioner
-from clip_jax.planner.topologies import GIB
 from clip_jax.training.loop import to_devices
 from clip_jax.training.optimizer import OptimizerConfig, make_optimizer
 from clip_jax.training.state import Training, initial_state
@@ -35,9 +30,7 @@ from clip_jax.training.step import make_train_step
 from clip_jax.weights.verify import openai_classes
 
 FORWARD_BATCH, TRAIN_BATCH = 32, 16
-TIMED_RUNS = 2  # a turn
-Run = Callable[[], None]
-Contestants = dict[str, Callable[[], Run]]  # what makes a run, in the contestant's own process
+TURN = Turn(untimed=1, timed=2)
 
 
 def main() -> None:
@@ -59,7 +52,7 @@ def main() -> None:
             contestants = {"clip_jax": partial(ours, name)}
             for label, options in torch_variants(OPENAI_MODELS[name], flags.compile).items():
                 contestants[label] = partial(theirs, name, **options)
-            seconds, memory = race(contestants, flags.rounds)
+            seconds, memory = race(contestants, flags.rounds, TURN)
             rows += table_rows(name, what, batch, seconds, memory)
             print("\n".join(rows[-len(seconds) :]), flush=True)
     if flags.output:
@@ -186,39 +179,6 @@ def torch_model(config: CLIPConfig) -> torch.nn.Module:
         text.heads,
         text.layers,
     )
-
-
-def race(contestants: Contestants, rounds: int) -> tuple[dict[str, list[float]], dict[str, float]]:
-    """Seconds a run of every contestant in every round, and the most memory in GiB that its process ever held."""
-    context = multiprocessing.get_context("spawn")
-    ends = {}
-    for name, make in contestants.items():
-        ends[name], far_end = context.Pipe()
-        context.Process(target=contestant, args=(make, far_end), daemon=True).start()
-        ends[name].recv()  # one after the other: getting ready takes all cores
-    seconds, memory = {name: [] for name in contestants}, {}
-    for _ in range(rounds):
-        for name, end in ends.items():
-            end.send("run")
-            elapsed, memory[name] = end.recv()
-            seconds[name].append(elapsed)
-    for end in ends.values():
-        end.send("stop")
-    return seconds, memory
-
-
-def contestant(make: Callable[[], Run], end: Connection) -> None:
-    """In a process of its own: get ready (compile), then take a turn when told to, and report."""
-    run = make()
-    run()
-    end.send("ready")
-    while end.recv() == "run":
-        run()
-        start = time.perf_counter()
-        for _ in range(TIMED_RUNS):
-            run()
-        elapsed = (time.perf_counter() - start) / TIMED_RUNS
-        end.send((elapsed, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB))
 
 
 def table_rows(

@@ -75,6 +75,20 @@ def parse(
     return flags, load_config(flags.config, overrides) if flags.config is not None else None
 
 
+def add_process_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags of a script that runs as several processes; `join_processes` reads them."""
+    parser.add_argument("--coordinator", metavar="HOST:PORT", help="address of process 0, when started by hand")
+    parser.add_argument("--processes", type=int, help="how many processes there are, when started by hand")
+    parser.add_argument("--process_index", type=int, help="which of them this is, when started by hand")
+
+
+def join_processes(flags: argparse.Namespace) -> None:
+    """Make this process one of those that the flags, the TPU pod or Slurm know of; see `distributed.initialize`."""
+    from clip_jax.distributed import initialize
+
+    initialize(flags.coordinator, flags.processes, flags.process_index)
+
+
 def config_names() -> list[str]:
     """The configs that come with the project."""
     return sorted(path.stem for path in CONFIGS.glob("*.py") if path.stem != "__init__")

@@ -7,15 +7,15 @@ global order (`clip_jax.data.order`), whatever the number of hosts. So there is 
 import collections
 import dataclasses
 import logging
-import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
+from jaxtyping import Int
 
-from clip_jax.data.damage import Damaged, counted, naming
+from clip_jax.data.damage import Damaged, counted, naming, of_example
 from clip_jax.data.delivery import Batch, make_delivery
 from clip_jax.data.example import Source, where
 from clip_jax.data.reader import TrainReader
@@ -139,36 +139,38 @@ def _damage_of_sources(reader: TrainReader) -> Counter[str]:
     return total
 
 
-def evaluation_batches(source: Source, batch_size: int, preprocess: Preprocess, several_of: int = 0) -> Iterator[Batch]:
-    """A data set once through, in its order, in batches of one size.
+def evaluation_batches(
+    source: Source, examples: Int[np.ndarray, "batches rows"], preprocess: Preprocess, several_of: int = 0
+) -> Iterator[Batch]:
+    """Examples of a data set, in batches.
 
     Args:
       source: the data set.
-      batch_size: the size of every batch; the last one is filled up.
+      examples: the number of the example in each row of each batch; -1 where it stays empty.
       preprocess: resizes and crops the images as at inference.
       several_of: the number of classes, if an image can belong to several.
 
     Returns:
-      an iterator of `image`, uint8 (batch_size, R, R, 3), `label`, int32 (batch_size,), -1 where there is none, or
-      bool (batch_size, several_of), `captions`, a tuple of texts in each of (batch_size,) objects, and `mask`, bool
-      (batch_size,), False for what fills up the last batch.
+      an iterator of `image`, uint8 (rows, R, R, 3), `label`, int32 (rows,), -1 where there is none, or bool
+      (rows, several_of), and `captions`, a tuple of texts in each of (rows,) objects.
     """
-    indices = np.arange(math.ceil(len(source) / batch_size) * batch_size)
 
-    def read(indices: np.ndarray) -> Batch:
+    def read(numbers: np.ndarray) -> Batch:
         side = preprocess.image_resolution
-        images = np.zeros((len(indices), side, side, 3), np.uint8)
-        labels = np.zeros((len(indices), several_of), bool) if several_of else np.full(len(indices), -1, np.int32)
-        captions = np.full(len(indices), None)
-        for row, index in enumerate(indices[indices < len(source)].tolist()):
+        images = np.zeros((len(numbers), side, side, 3), np.uint8)
+        labels = np.zeros((len(numbers), several_of), bool) if several_of else np.full(len(numbers), -1, np.int32)
+        captions = np.full(len(numbers), None)
+        for row in np.flatnonzero(numbers >= 0).tolist():
+            index = int(numbers[row])
             with naming(where(source, index)):
                 example = source[index]
-                images[row] = preprocess.resize_and_crop(open_image(example.image))
+                with of_example(example.key):
+                    images[row] = preprocess.resize_and_crop(open_image(example.image))
                 labels[row] = _several(example.label, several_of) if several_of else _single(example.label)
                 captions[row] = example.captions
-        return {"image": images, "label": labels, "captions": captions, "mask": indices < len(source)}
+        return {"image": images, "label": labels, "captions": captions}
 
-    return _prefetched(read, indices.reshape(-1, batch_size))
+    return _prefetched(read, examples)
 
 
 def _single(label: int | tuple[int, ...] | None) -> int:

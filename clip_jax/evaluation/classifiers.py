@@ -12,12 +12,13 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Float
 
+from clip_jax.evaluation.encoders import Encoders, Variables
 from clip_jax.evaluation.kept import Arrays, kept, model_digest, sha256
-from clip_jax.evaluation.zero_shot import Encoders, Variables, prompt_tokens, zero_shot, zero_shot_classifier
+from clip_jax.evaluation.zero_shot import prompt_tokens, zero_shot, zero_shot_classifier
 
 
 def kept_classifier(
-    encoders: Encoders, variables: Variables, class_names: Sequence[str], templates: Sequence[str]
+    encoders: Encoders, variables: Variables, class_names: Sequence[str], templates: Sequence[str], bar: str = ""
 ) -> Float[np.ndarray, "classes embed_dim"]:
     """What `zero_shot_classifier` makes, from the cache if it has it. Training, whose weights change, does not use it.
 
@@ -32,7 +33,7 @@ def kept_classifier(
         return arrays["values"].shape == shape and bool(np.isfinite(arrays["values"]).all())
 
     def compute() -> Arrays:
-        return {"values": zero_shot_classifier(encoders, variables, class_names, templates)}
+        return {"values": zero_shot_classifier(encoders, variables, class_names, templates, bar)}
 
     return kept(f"classifiers/{model_digest(encoders, variables)}/{prompts}", fits, compute)["values"]
 

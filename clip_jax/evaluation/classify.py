@@ -6,9 +6,11 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float
 
+from clip_jax.data.example import Example
 from clip_jax.errors import UserError
+from clip_jax.evaluation.encoders import Encoders, Variables
+from clip_jax.evaluation.examples import encode_examples
 from clip_jax.evaluation.metrics import check_finite
-from clip_jax.evaluation.zero_shot import BATCH_SIZE, Encoders, Variables
 from clip_jax.processing.images import open_image
 
 
@@ -33,7 +35,9 @@ class Classification:
         return [(self.labels[label], float(self.probabilities[image, label])) for label in order]
 
 
-def classify(encoders: Encoders, variables: Variables, images: Sequence[str], labels: Sequence[str]) -> Classification:
+def classify(
+    encoders: Encoders, variables: Variables, images: Sequence[str], labels: Sequence[str], progress: bool = True
+) -> Classification:
     """Compare images with labels.
 
     Args:
@@ -41,16 +45,16 @@ def classify(encoders: Encoders, variables: Variables, images: Sequence[str], la
       variables: its weights.
       images: paths.
       labels: texts, taken as they are.
+      progress: show a bar.
 
     Raises:
       UserError: an image cannot be read, a label is too long, or features are not finite.
     """
     text_features = encoders.encode_tokens(variables, encoders.tokenizer(list(labels)))
-    starts = range(0, len(images), BATCH_SIZE)
-    batches = (_pixels(encoders, images[start : start + BATCH_SIZE]) for start in starts)
-    image_features = np.concatenate([encoders.encode_images(variables, batch) for batch in batches])
+    bar = "images" if progress else ""
+    encoded = encode_examples(encoders.encode_images, variables, _Files(images), encoders.preprocess, bar)
     params = variables["params"]
-    logits = np.exp(np.float64(params["logit_scale"])) * (image_features.astype(np.float64) @ text_features.T)
+    logits = np.exp(np.float64(params["logit_scale"])) * (encoded.features.astype(np.float64) @ text_features.T)
     check_finite(logits, "logits")
     if encoders.model.config.logit_bias:
         probabilities = 1 / (1 + np.exp(-(logits + np.float64(params["logit_bias"]))))
@@ -60,9 +64,19 @@ def classify(encoders: Encoders, variables: Variables, images: Sequence[str], la
     return Classification(tuple(images), tuple(labels), probabilities)
 
 
-def _pixels(encoders: Encoders, paths: Sequence[str]) -> np.ndarray:
-    preprocess = encoders.preprocess
-    return np.stack([preprocess.resize_and_crop(open_image(path)) for path in paths])
+class _Files:
+    """Images in files, as a source."""
+
+    name = "--images"
+
+    def __init__(self, paths: Sequence[str]):
+        self._paths = paths
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    def __getitem__(self, index: int) -> Example:
+        return Example(open_image(self._paths[index]))
 
 
 def check_labels(labels: Sequence[str]) -> None:

@@ -11,11 +11,11 @@ from tqdm import tqdm
 from clip_jax.errors import UserError
 from clip_jax.evaluation.classifiers import kept_zero_shot
 from clip_jax.evaluation.datasets import EvaluationSet
+from clip_jax.evaluation.encoders import Encoders, Variables
 from clip_jax.evaluation.features import Features
 from clip_jax.evaluation.linear_probe import Splits, choose_strength, extract_splits, rank_in_class
 from clip_jax.evaluation.logistic import LogisticRegression
 from clip_jax.evaluation.metrics import accuracy
-from clip_jax.evaluation.zero_shot import Encoders, Variables
 from clip_jax.parallel import Partitioner
 
 logger = logging.getLogger(__name__)

@@ -8,6 +8,7 @@ whole or not at all; one that is damaged, or was written under another name, is 
 """
 
 import hashlib
+import io
 import json
 import logging
 import os
@@ -19,10 +20,10 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 
 from clip_jax.digests import digests
-from clip_jax.evaluation.zero_shot import Encoders, Variables
+from clip_jax.distributed import bytes_of_every_process, of_every_process
+from clip_jax.evaluation.encoders import Encoders, Variables
 from clip_jax.platform import cache_folder
 
 logger = logging.getLogger(__name__)
@@ -53,22 +54,25 @@ def kept(name: str, fits: Callable[[Arrays], bool], compute: Callable[[], Arrays
       fits: whether arrays have the names and shapes that they must have, and are worth keeping.
       compute: makes them.
     """
-    file = cache_folder() / f"{name}.npz"
-    arrays = _read(file, name, fits)
-    if _on_every_host(arrays is not None):
+    arrays = read(name, fits)
+    if all(of_every_process(arrays is not None)):
         return arrays
     arrays = compute()
     if fits(arrays):
-        _write(file, name, arrays)
+        write(name, arrays)
     return arrays
 
 
-def _on_every_host(found: bool) -> bool:
-    return found if jax.process_count() == 1 else bool(multihost_utils.process_allgather(np.array(found)).all())
+def arrays_of_every_process(arrays: Arrays) -> list[Arrays]:
+    """What each process has, in their order; all processes must call this at the same place."""
+    stream = io.BytesIO()
+    np.savez(stream, **arrays)
+    return [dict(np.load(io.BytesIO(content))) for content in bytes_of_every_process(stream.getvalue())]
 
 
-def _read(file: Path, name: str, fits: Callable[[Arrays], bool]) -> Arrays | None:
-    """The arrays in a file; None if there is none, or it is damaged (NumPy checks each array's CRC-32)."""
+def read(name: str, fits: Callable[[Arrays], bool]) -> Arrays | None:
+    """This host's arrays of a name; None if it has none, or they are damaged (NumPy checks each array's CRC-32)."""
+    file = _file(name)
     try:
         with file.open("rb") as stream, np.load(stream, allow_pickle=False) as content:
             arrays = dict(content)
@@ -84,7 +88,9 @@ def _read(file: Path, name: str, fits: Callable[[Arrays], bool]) -> Arrays | Non
         return None
 
 
-def _write(file: Path, name: str, arrays: Arrays) -> None:
+def write(name: str, arrays: Arrays) -> None:
+    """Keep arrays on this host, or say why they cannot be kept."""
+    file = _file(name)
     part = file.with_name(f"{file.name}.{jax.process_index()}.{os.getpid()}.part")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -95,3 +101,7 @@ def _write(file: Path, name: str, arrays: Arrays) -> None:
         logger.warning("cannot keep %s (%s); it will be computed again next time", file, error)
         with suppress(OSError):
             part.unlink(missing_ok=True)
+
+
+def _file(name: str) -> Path:
+    return cache_folder() / f"{name}.npz"

@@ -14,12 +14,13 @@ from scipy.special import log_softmax
 from tqdm import tqdm
 
 from clip_jax.data.example import Source
+from clip_jax.distributed import together
 from clip_jax.errors import UserError
 from clip_jax.evaluation.datasets import EvaluationSet
+from clip_jax.evaluation.encoders import Encoders, Variables
 from clip_jax.evaluation.features import Features, extract
 from clip_jax.evaluation.logistic import LogisticRegression
 from clip_jax.evaluation.metrics import accuracy, check_scores, classification_metrics
-from clip_jax.evaluation.zero_shot import Encoders, Variables
 from clip_jax.parallel import Partitioner
 
 PER_DECADE = 8
@@ -103,9 +104,9 @@ def extract_splits(encoders: Encoders, variables: Variables, dataset: Evaluation
     """
     if dataset.train is None:
         raise UserError(f"{dataset.name} has no training split, which a linear probe needs")
+    train, validation = together(lambda: (_opened(dataset, dataset.train), _opened(dataset, dataset.validation)))
     train, validation, test = (
-        source and extract(encoders, variables, source, progress)
-        for source in (_opened(dataset, dataset.train), _opened(dataset, dataset.validation), dataset.source)
+        source and extract(encoders, variables, source, progress) for source in (train, validation, dataset.source)
     )
     if validation is None:
         held_out = rank_in_class(train.labels, seed=0) % _VALIDATION == _VALIDATION - 1

@@ -1,12 +1,12 @@
 """Multinomial logistic regression: what scikit-learn's `LogisticRegression` minimises, computed on the mesh.
 
 The loss and its gradient, two products with all the features, are the devices' work. The steps are SciPy's L-BFGS,
-in float64 on the host: the optimizer that scikit-learn calls, with the same rules for when to stop.
+in float64 on the host: the optimizer that scikit-learn calls, with the same rules for when to stop. A fit does not
+depend on the number of devices: each block of rows is one device's, and the blocks' gradients are added up exactly.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -18,12 +18,14 @@ from scipy.optimize import minimize
 from threadpoolctl import threadpool_limits
 
 from clip_jax.errors import UserError
+from clip_jax.evaluation.exact_sum import ExactSum, Parts
 from clip_jax.parallel import Partitioner
 
 MAX_ITERATIONS = 1000  # of the paper, appendix A.3
 TOLERANCE = 1e-4  # scikit-learn's: the largest entry of the mean loss's gradient at which L-BFGS stops
-_ROWS = 2048  # per device and step: their logits stay in a CPU's cache, and do not fill an accelerator's memory
-_PADDING = -1  # the label of what fills up the last step
+_ROWS = 2048  # of a block: their logits stay in a CPU's cache, and do not fill an accelerator's memory
+_FEWEST = 8  # blocks into which few rows are cut, so that several devices have some
+_PADDING = -1  # the label of what fills up the last blocks
 
 
 @dataclass(frozen=True)
@@ -74,9 +76,13 @@ class LogisticRegression:
         self._trained, targets = np.unique(labels, return_inverse=True)
         self._examples, self._width = features.shape
         self._classes, self._replicated = classes, partitioner.replicated
-        self._features = _in_steps(features, 0, partitioner)
-        self._targets = _in_steps(targets.astype(np.int32), _PADDING, partitioner)
-        self._evaluate = partitioner.jit(_over_the_mesh(partitioner), out_shardings=partitioner.replicated)
+        self._features = _in_blocks(features, 0, partitioner)
+        self._targets = _in_blocks(targets.astype(np.int32), _PADDING, partitioner)
+        # No error of a prediction is larger than 1 but for rounding, so that no sum of gradients is than twice this.
+        largest = max(float(np.abs(features).sum(axis=0, dtype=np.float64).max()), float(self._examples))
+        self._sum = ExactSum(2 * largest, _FEWEST + self._examples // _ROWS, features.dtype)
+        evaluate = _over_the_mesh(self._sum, partitioner)
+        self._evaluate = partitioner.jit(evaluate, out_shardings=partitioner.replicated)
 
     def fit(
         self, strength: float, max_iterations: int = MAX_ITERATIONS, tolerance: float = TOLERANCE
@@ -96,12 +102,14 @@ class LogisticRegression:
 
         def objective(flat: Float[np.ndarray, "parameters"]) -> tuple[float, Float[np.ndarray, "parameters"]]:
             parameters = flat.reshape(shape)
-            on_devices = jax.device_put(parameters.astype(self._features.dtype), self._replicated)
-            losses, gradient = jax.device_get(self._evaluate(on_devices, self._features, self._targets))
-            weights, gradient = parameters[:-1], gradient.astype(np.float64) / self._examples
+            values = parameters.astype(self._features.dtype)
+            on_devices = jax.device_put(values, self._replicated)
+            losses, parts = jax.device_get(self._evaluate(on_devices, self._features, self._targets))
+            weights, gradient = parameters[:-1], self._sum.value(parts) / self._examples
             gradient[:-1] += penalty * weights
             # A step changes the loss by less than float32 holds of a sum.
-            loss = losses.sum(dtype=np.float64) / self._examples + penalty / 2 * np.vdot(weights, weights)
+            loss = losses.reshape(-1)[: self._examples].sum(dtype=np.float64) / self._examples
+            loss += penalty / 2 * np.vdot(weights, weights)
             return loss, gradient.ravel()
 
         # As scikit-learn calls it.
@@ -126,10 +134,10 @@ def _check(features: Float[np.ndarray, "n dim"], labels: Int[np.ndarray, "n"], c
         raise UserError(f"a classifier needs examples of at least 2 classes, got {len(np.unique(labels))}")
 
 
-def _in_steps(array: np.ndarray, padding: int, partitioner: Partitioner) -> Array:
-    """(n, ...) as (steps, rows, ...): a step takes the same number of rows on each device."""
+def _in_blocks(array: np.ndarray, padding: int, partitioner: Partitioner) -> Array:
+    """(n, ...) as (steps, devices' rows, ...): in each step a device has one block, whatever the number of devices."""
     shards = partitioner.batch_shards
-    rows = min(_ROWS, -(-len(array) // shards)) * shards
+    rows = min(_ROWS, 2 ** ((len(array) - 1) // _FEWEST).bit_length()) * shards
     steps = -(-len(array) // rows)
     padded = np.full((steps * rows, *array.shape[1:]), padding, array.dtype)
     padded[: len(array)] = array
@@ -138,31 +146,32 @@ def _in_steps(array: np.ndarray, padding: int, partitioner: Partitioner) -> Arra
     return jax.make_array_from_callback(padded.shape, sharding, padded.__getitem__)
 
 
-def _over_the_mesh(partitioner: Partitioner) -> Callable[[Array, Array, Array], tuple[Array, Array]]:
-    """(parameters, features, targets) -> (the loss of each row, the summed gradient)."""
+def _over_the_mesh(exact: ExactSum, partitioner: Partitioner) -> Callable[[Array, Array, Array], tuple[Array, Parts]]:
+    """(parameters, features, targets) -> (the loss of each row, the summed gradient in parts)."""
     axes = partitioner.batch_axes
 
     def local(
         parameters: Float[Array, "inputs classes"],
         features: Float[Array, "steps rows dim"],
         targets: Int[Array, "steps rows"],
-    ) -> tuple[Float[Array, "steps rows"], Float[Array, "inputs classes"]]:
+    ) -> tuple[Float[Array, "steps rows"], Parts]:
         parameters = jax.lax.pcast(parameters, axes, to="varying")
-        add_rows = partial(_add_rows, parameters)
-        gradient, losses = jax.lax.scan(add_rows, jnp.zeros_like(parameters), (features, targets))
-        return losses, jax.lax.psum(gradient, axes)
+
+        def add_block(total: Parts, rows: tuple[Array, Array]) -> tuple[Parts, Array]:
+            gradient, losses = _block(parameters, *rows)
+            return exact.add(total, gradient), losses
+
+        parts, losses = jax.lax.scan(add_block, exact.zeros_like(parameters), (features, targets))
+        return losses, jax.lax.psum(parts, axes)
 
     split = P(None, axes)
     return jax.shard_map(local, mesh=partitioner.mesh, in_specs=(P(), split, split), out_specs=(split, P()))
 
 
-def _add_rows(
-    parameters: Float[Array, "inputs classes"],
-    total: Float[Array, "inputs classes"],
-    rows: tuple[Float[Array, "rows dim"], Int[Array, "rows"]],
+def _block(
+    parameters: Float[Array, "inputs classes"], features: Float[Array, "rows dim"], targets: Int[Array, "rows"]
 ) -> tuple[Float[Array, "inputs classes"], Float[Array, "rows"]]:
-    """The gradient so far with that of some rows, and their losses."""
-    features, targets = rows
+    """The gradient of some rows, and their losses."""
     weights, bias = parameters[:-1], parameters[-1:]
     highest = jax.lax.Precision.HIGHEST  # accelerators would round the factors
     logits = jnp.matmul(features, weights, precision=highest) + bias
@@ -177,4 +186,4 @@ def _add_rows(
     errors = jnp.where(is_own, -sum_of_others, others) * (is_example / (sum_of_others + jnp.exp(-top)))
     gradient = jnp.matmul(features.T, errors, precision=highest)
     gradient = jnp.concatenate([gradient, errors.sum(axis=0, keepdims=True)])
-    return total + gradient, losses[:, 0]
+    return gradient, losses[:, 0]

@@ -1,22 +1,19 @@
 """Zero-shot retrieval: of images by their captions, and of captions by their images (paper, table 13)."""
 
 import functools
-import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
 from jaxtyping import Float, Int
-from tqdm import tqdm
 
 from clip_jax.data.damage import NO_CAPTION, Damaged
-from clip_jax.data.example import where
-from clip_jax.data.pipeline import evaluation_batches
+from clip_jax.data.example import Example, Source, where
 from clip_jax.evaluation.datasets import EvaluationSet
+from clip_jax.evaluation.encoders import Encoders, Variables
+from clip_jax.evaluation.examples import encode_examples
 from clip_jax.evaluation.metrics import check_finite
 from clip_jax.evaluation.ranks import retrieval_metrics
-from clip_jax.evaluation.zero_shot import BATCH_SIZE, Encoders, Variables
 
 
 @dataclass(frozen=True)
@@ -60,37 +57,30 @@ def zero_shot_retrieval(
     Raises:
       UserError: an image that cannot be read or has no caption, features that are not finite.
     """
-    image_features, captions = _encode_images(encoders, variables, dataset, progress)
-    texts = [text for own in captions for text in own]
-    text_features = _encode_texts(encoders, variables, dataset, texts, progress)
-    counts = [len(own) for own in captions]
-    return RetrievalResult(dataset, image_features, text_features, np.repeat(np.arange(len(counts)), counts))
+    bar = f"{dataset.name}, images" if progress else ""
+    captioned = _Captioned(dataset.source)
+    images = encode_examples(encoders.encode_images, variables, captioned, encoders.preprocess, bar)
+    texts = [text for own in images.captions for text in own]
+    tokens = encoders.tokenizer(texts, truncate=True)
+    text_features = encoders.encode_tokens(variables, tokens, f"{dataset.name}, captions" if progress else "")
+    counts = [len(own) for own in images.captions]
+    return RetrievalResult(dataset, images.features, text_features, np.repeat(np.arange(len(counts)), counts))
 
 
-def _encode_images(
-    encoders: Encoders, variables: Variables, dataset: EvaluationSet, progress: bool
-) -> tuple[Float[np.ndarray, "images embed_dim"], list[tuple[str, ...]]]:
-    """The features of all images, and their captions."""
-    features, captions = [], []
-    batches = evaluation_batches(dataset.source, BATCH_SIZE, encoders.preprocess)
-    total = math.ceil(len(dataset.source) / BATCH_SIZE)
-    for batch in tqdm(batches, desc=f"{dataset.name}, images", total=total, unit="batch", disable=not progress):
-        for own in batch["captions"][batch["mask"]]:
-            if not own:
-                raise Damaged("caption", f"{where(dataset.source, len(captions))}: {NO_CAPTION}")
-            captions.append(own)
-        features.append(encoders.encode_images(variables, batch["image"])[batch["mask"]])
-    return np.concatenate(features), captions
+class _Captioned:
+    """A source whose examples must have captions."""
 
+    def __init__(self, source: Source):
+        self._source, self.name = source, source.name
 
-def _encode_texts(
-    encoders: Encoders, variables: Variables, dataset: EvaluationSet, texts: Sequence[str], progress: bool
-) -> Float[np.ndarray, "texts embed_dim"]:
-    """The features of all captions."""
-    starts = range(0, len(texts), BATCH_SIZE)
-    return np.concatenate(
-        [
-            encoders.encode_tokens(variables, encoders.tokenizer(texts[start : start + BATCH_SIZE], truncate=True))
-            for start in tqdm(starts, desc=f"{dataset.name}, captions", unit="batch", disable=not progress)
-        ]
-    )
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def __getitem__(self, index: int) -> Example:
+        example = self._source[index]
+        if not example.captions:
+            raise Damaged("caption", NO_CAPTION)
+        return example
+
+    def where(self, index: int) -> str:
+        return where(self._source, index)

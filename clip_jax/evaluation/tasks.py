@@ -9,10 +9,11 @@ from typing import ClassVar, Protocol
 from clip_jax.errors import UserError
 from clip_jax.evaluation.classifiers import kept_zero_shot
 from clip_jax.evaluation.datasets import SEVERAL_CLASSES, EvaluationSet
+from clip_jax.evaluation.encoders import Encoders, Variables
 from clip_jax.evaluation.few_shot import few_shot
 from clip_jax.evaluation.linear_probe import linear_probe
 from clip_jax.evaluation.retrieval import zero_shot_retrieval
-from clip_jax.evaluation.zero_shot import Encoders, Variables, check_prompts
+from clip_jax.evaluation.zero_shot import check_prompts
 
 
 class Result(Protocol):
@@ -37,13 +38,13 @@ class Task:
     """A way to judge a model.
 
     Attributes:
-      run: encodes a data set.
+      run: encodes a data set, with or without progress bars.
       needs: what a data set must have for it, in words.
       suits: whether a data set has it.
       check: refuses, before anything is computed, what `run` would refuse of the texts.
     """
 
-    run: Callable[[Encoders, Variables, EvaluationSet], Result]
+    run: Callable[[Encoders, Variables, EvaluationSet, bool], Result]
     needs: str
     suits: Callable[[EvaluationSet], bool]
     check: Callable[[Encoders, EvaluationSet], None] = lambda encoders, dataset: None

@@ -2,31 +2,25 @@
 
 import dataclasses
 import functools
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, Num
-from tqdm import tqdm
+from jaxtyping import Bool, Float, Int
 
-from clip_jax.data.pipeline import evaluation_batches
 from clip_jax.errors import UserError
 from clip_jax.evaluation.datasets import SEVERAL_CLASSES, EvaluationSet
+from clip_jax.evaluation.encoders import Encoders, Variables
+from clip_jax.evaluation.examples import encode_examples
 from clip_jax.evaluation.metrics import check_finite, check_scores, classification_metrics
 from clip_jax.evaluation.prompts import prompt
-from clip_jax.models import CLIP, normalize
-from clip_jax.parallel import Partitioner
-from clip_jax.precision import at_least_float32
-from clip_jax.processing import Preprocess, Tokenizer, make_tokenizer
+from clip_jax.models import normalize
+from clip_jax.processing import Tokenizer
 
-BATCH_SIZE = 256  # over all devices
 MOST_PROMPTS = 2**19  # class names times templates; ImageNet has 80,000
-Variables = Mapping[str, Any]
-Encode = Callable[[Variables, Num[np.ndarray, "n ..."]], Float[np.ndarray, "n embed_dim"]]
 
 
 @dataclass(frozen=True)
@@ -54,76 +48,6 @@ class ZeroShotResult:
     def metrics(self) -> dict[str, float]:
         """Top-1, top-5, mean per-class recall, and the data set's own metric."""
         return classification_metrics(self.scores, self.labels, self.dataset.metric)
-
-
-@dataclass(frozen=True)
-class Encoders:
-    """A model's two towers over a mesh: arrays in, features out as NumPy float32 on every host.
-
-    Attributes:
-      model: whose.
-      partitioner: of the mesh.
-      preprocess: the model's image preprocessing.
-      tokenizer: of the model.
-      encode_images: (variables, uint8 images (n, R, R, 3)) -> unit vectors.
-      encode_tokens: (variables, int32 tokens (n, context_length)) -> unit vectors.
-      probe_features: (variables, uint8 images (n, R, R, 3)) -> what a linear probe sees.
-    """
-
-    model: CLIP
-    partitioner: Partitioner
-    preprocess: Preprocess
-    tokenizer: Tokenizer
-    encode_images: Encode
-    encode_tokens: Encode
-    probe_features: Encode
-
-
-def make_encoders(model: CLIP, partitioner: Partitioner) -> Encoders:
-    """The encoders of a model, each compiled once."""
-    config = model.config
-    preprocess = Preprocess.from_config(config)
-
-    def encode_images(variables: Variables, images: Array) -> Array:
-        pixels = preprocess.normalize(images, model.execution.wide_dtype)
-        return normalize(model.apply(variables, pixels, method=model.encode_image))
-
-    def encode_tokens(variables: Variables, tokens: Array) -> Array:
-        return normalize(model.apply(variables, tokens, method=model.encode_text))
-
-    def probe_features(variables: Variables, images: Array) -> Array:
-        pixels = preprocess.normalize(images, model.execution.wide_dtype)
-        return at_least_float32(model.apply(variables, pixels, method=model.probe_features))
-
-    return Encoders(
-        model,
-        partitioner,
-        preprocess,
-        make_tokenizer(config.text),
-        _in_batches(encode_images, partitioner),
-        _in_batches(encode_tokens, partitioner),
-        _in_batches(probe_features, partitioner),
-    )
-
-
-def _in_batches(encode: Callable[[Variables, Array], Array], partitioner: Partitioner) -> Encode:
-    """`encode`, jitted, for any number of rows: they are cut into batches, the last one filled up with zeros."""
-    jitted = partitioner.jit(encode, out_shardings=partitioner.replicated)
-    shards = partitioner.batch_shards
-
-    def run(variables: Variables, rows: np.ndarray) -> np.ndarray:
-        features = []
-        wanted = min(BATCH_SIZE, 2 ** (len(rows) - 1).bit_length())  # few rows fill a smaller batch, of few sizes
-        size = math.ceil(wanted / shards) * shards
-        for start in range(0, len(rows), size):
-            batch = np.zeros((size, *rows.shape[1:]), rows.dtype)
-            filled = len(rows[start : start + size])
-            batch[:filled] = rows[start : start + size]
-            on_devices = jax.make_array_from_callback(batch.shape, partitioner.batch_sharding, batch.__getitem__)
-            features.append(np.asarray(jitted(variables, on_devices))[:filled])
-        return np.concatenate(features)
-
-    return run
 
 
 def prompt_tokens(
@@ -161,19 +85,28 @@ def check_prompts(encoders: Encoders, dataset: EvaluationSet) -> None:
 
 
 def zero_shot_classifier(
-    encoders: Encoders, variables: Variables, class_names: Sequence[str], templates: Sequence[str]
+    encoders: Encoders, variables: Variables, class_names: Sequence[str], templates: Sequence[str], bar: str = ""
 ) -> Float[np.ndarray, "classes embed_dim"]:
     """One unit vector per class: embed every prompt, normalise, average over the prompts, normalise again.
+
+    Args:
+      encoders: of the model.
+      variables: its weights.
+      class_names: to be put into the templates.
+      templates: sentences.
+      bar: what a progress bar says; "" shows none.
 
     Raises:
       UserError: a prompt is longer than the model's context.
     """
-    features = encoders.encode_tokens(variables, prompt_tokens(encoders, class_names, templates))
+    features = encoders.encode_tokens(variables, prompt_tokens(encoders, class_names, templates), bar)
     means = features.reshape(len(class_names), len(templates), -1).mean(axis=1)
     return np.asarray(normalize(jnp.asarray(means)))
 
 
-MakeClassifier = Callable[[Encoders, Variables, Sequence[str], Sequence[str]], Float[np.ndarray, "classes embed_dim"]]
+MakeClassifier = Callable[
+    [Encoders, Variables, Sequence[str], Sequence[str], str], Float[np.ndarray, "classes embed_dim"]
+]
 
 
 def zero_shot(
@@ -189,22 +122,19 @@ def zero_shot(
       encoders: of the model.
       variables: its weights.
       dataset: labelled images, class names and templates.
-      progress: show a bar.
+      progress: show bars.
       make_classifier: of class names and templates; one that keeps classifiers, say.
 
     Raises:
       UserError: a prompt that does not fit, an image that cannot be read, a missing label, scores that are not finite.
     """
     check_prompts(encoders, dataset)
-    classifier = make_classifier(encoders, variables, dataset.class_names, dataset.templates)
+    bar = f"{dataset.name}, prompts" if progress else ""
+    classifier = make_classifier(encoders, variables, dataset.class_names, dataset.templates, bar)
     several = len(dataset.class_names) if dataset.metric == SEVERAL_CLASSES else 0
-    scores, labels = [], []
-    batches = evaluation_batches(dataset.source, BATCH_SIZE, encoders.preprocess, several)
-    total = math.ceil(len(dataset.source) / BATCH_SIZE)
-    for batch in tqdm(batches, desc=dataset.name, total=total, unit="batch", disable=not progress):
-        scores.append((encoders.encode_images(variables, batch["image"]) @ classifier.T)[batch["mask"]])
-        labels.append(batch["label"][batch["mask"]])
-    cosines, classes = np.concatenate(scores), np.concatenate(labels)
+    bar = dataset.name if progress else ""
+    images = encode_examples(encoders.encode_images, variables, dataset.source, encoders.preprocess, bar, several)
+    cosines, classes = images.features @ classifier.T, images.labels
     if several:  # images are compared within a class: by probabilities (github.com/openai/CLIP/issues/153)
         scale = np.exp(np.asarray(variables["params"]["logit_scale"]))
         return ZeroShotResult(dataset, np.asarray(jax.nn.softmax(scale * cosines, axis=-1)), classes)

@@ -23,13 +23,13 @@ from etils import epath
 
 from clip_jax import model_folder
 from clip_jax.digests import digest, digests
+from clip_jax.distributed import on_first_process, refused_by_any
 from clip_jax.errors import DamagedFile, RunStopped, UserError
 from clip_jax.model_folder import VARIABLES
 from clip_jax.options import to_dict
 from clip_jax.sealed_json import check_seal, read_object, sealed
 from clip_jax.training.config import RunConfig
-from clip_jax.training.distributed import on_first_process, refused_by_any
-from clip_jax.training.manifest import MANIFEST, check_manifest, write_manifest
+from clip_jax.training.manifest import MANIFEST, check_manifest, file_names, write_manifest
 from clip_jax.training.state import TrainState
 from clip_jax.workdir import CHECKPOINTS, absolute, best_step
 
@@ -178,8 +178,7 @@ class Checkpoints:
 
         def move() -> None:
             free = next(path for path in _numbered(target) if not path.exists())
-            free.parent.mkdir(parents=True, exist_ok=True)
-            (self._folder / str(step)).rename(free)
+            _move(self._folder / str(step), free)
             logger.warning("%s; set aside as %s, going back to the checkpoint before", damage, free)
 
         with self._storage("set aside"):
@@ -335,6 +334,17 @@ def _check_shapes(stored: Any, expected: Any, folder: epath.Path) -> None:
 def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return {jax.tree_util.keystr(path, simple=True, separator="/"): tuple(leaf.shape) for path, leaf in leaves}
+
+
+def _move(folder: epath.Path, target: epath.Path) -> None:
+    """Move a folder, in a bucket object by object."""
+    if "://" not in str(folder):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        folder.rename(target)
+        return
+    for name in file_names(folder):
+        (folder / name).copy(target / name)
+    folder.rmtree()
 
 
 def _numbered(path: epath.Path) -> Iterator[epath.Path]:

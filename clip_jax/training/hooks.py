@@ -11,8 +11,8 @@ from tqdm import tqdm
 
 from clip_jax.data.damage import REASONS
 from clip_jax.data.pipeline import TrainBatches
+from clip_jax.distributed import sum_over_hosts
 from clip_jax.training.checkpoints import Checkpoints
-from clip_jax.training.distributed import sum_over_hosts
 from clip_jax.training.lock import Lock
 from clip_jax.training.loop import Hook, Step
 from clip_jax.training.metrics import MetricsWriter

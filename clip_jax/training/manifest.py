@@ -27,7 +27,7 @@ _CHUNK = 2**24  # bytes that are read at a time
 
 def write_manifest(folder: epath.Path) -> None:
     """List the files of a checkpoint that is complete."""
-    files = {name: _fingerprint(folder / name) for name in sorted(_names(folder))}
+    files = {name: _fingerprint(folder / name) for name in sorted(file_names(folder)) if name not in NOTES}
     write_whole(folder / MANIFEST, json.dumps(sealed({"version": _VERSION, "files": files})))
 
 
@@ -54,12 +54,12 @@ def check_manifest(folder: epath.Path, share: int = 0, shares: int = 1) -> None:
             raise DamagedFile(f"{folder / name} is damaged: it has not the size and checksum of what was written")
 
 
-def _names(folder: epath.Path, prefix: str = "") -> Iterator[str]:
+def file_names(folder: epath.Path, prefix: str = "") -> Iterator[str]:
     """The paths of all files in a folder and the folders in it."""
     for path in folder.iterdir():
         if path.is_dir():
-            yield from _names(path, f"{prefix}{path.name}/")
-        elif prefix or path.name not in NOTES:
+            yield from file_names(path, f"{prefix}{path.name}/")
+        else:
             yield prefix + path.name
 
 

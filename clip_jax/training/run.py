@@ -9,11 +9,11 @@ import jax
 from clip_jax.data.pipeline import TrainBatches
 from clip_jax.data.reader import Mixture, TrainReader
 from clip_jax.data.sources import make_sources
+from clip_jax.distributed import on_first_process
 from clip_jax.options import from_dict, to_dict
 from clip_jax.processing import Preprocess, make_tokenizer
 from clip_jax.training.checkpoints import Checkpoints
 from clip_jax.training.config import RunConfig, check_same_run, make_training
-from clip_jax.training.distributed import on_first_process
 from clip_jax.training.hooks import Evaluate, Hold, Log, Save
 from clip_jax.training.initial_weights import start_from
 from clip_jax.training.lock import Lock

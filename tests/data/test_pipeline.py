@@ -203,20 +203,22 @@ def test_reading_ahead_is_bounded_and_closing_ends_the_threads():
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("clip_jax-data")]
 
 
-def test_evaluation_batches_hold_each_example_once_in_order():
-    batches = list(evaluation_batches(Numbered("apple", 50), 12, Preprocess(8)))
+def test_evaluation_batches_hold_the_examples_that_are_asked_for():
+    examples = np.append(np.arange(50)[::-1], [-1] * 10).reshape(5, 12)
+    batches = list(evaluation_batches(Numbered("apple", 50), examples, Preprocess(8)))
     assert [batch["image"].shape for batch in batches] == [(12, 8, 8, 3)] * 5
     joined = {key: np.concatenate([batch[key] for batch in batches]) for key in batches[0]}
-    np.testing.assert_array_equal(joined["mask"], np.arange(60) < 50)
-    np.testing.assert_array_equal(joined["image"][:50, 0, 0, 0], np.arange(50))
-    np.testing.assert_array_equal(joined["label"], np.r_[np.arange(50) % 5, [-1] * 10])
+    np.testing.assert_array_equal(joined["image"][:50, 0, 0, 0], np.arange(50)[::-1])
+    np.testing.assert_array_equal(joined["label"], np.r_[np.arange(50)[::-1] % 5, [-1] * 10])
+    assert joined["captions"][0] == Numbered("apple", 50)[49].captions and joined["captions"][59] is None
     centre = Preprocess(8).resize_and_crop(Numbered("apple", 50)[3].image)
-    np.testing.assert_array_equal(joined["image"][3], centre)
+    np.testing.assert_array_equal(joined["image"][46], centre)
 
 
 def test_evaluation_errors_are_named():
+    source = Numbered("apple", 50, broken=7, error=OSError)
     with pytest.raises(UserError, match="apple, example 7: cannot read it"):
-        list(evaluation_batches(Numbered("apple", 50, broken=7, error=OSError), 12, Preprocess(8)))
+        list(evaluation_batches(source, np.arange(48).reshape(4, 12), Preprocess(8)))
 
 
 def test_digits_through_the_whole_pipeline():

@@ -11,8 +11,9 @@ from clip_jax.errors import UserError
 from clip_jax.evaluation import classifiers as module
 from clip_jax.evaluation.classifiers import kept_classifier, kept_zero_shot
 from clip_jax.evaluation.datasets import EvaluationSet
+from clip_jax.evaluation.encoders import make_encoders
 from clip_jax.evaluation.tasks import TASKS
-from clip_jax.evaluation.zero_shot import make_encoders, zero_shot, zero_shot_classifier
+from clip_jax.evaluation.zero_shot import zero_shot, zero_shot_classifier
 from clip_jax.models import CLIP, Execution
 from clip_jax.parallel import MeshConfig, make_partitioner
 from tests import tiny
@@ -42,9 +43,9 @@ def made(monkeypatch):
     """Of how many class names a classifier was made."""
     counts = []
 
-    def counting(encoders, variables, names, templates):
+    def counting(encoders, variables, names, templates, bar):
         counts.append(len(names))
-        return zero_shot_classifier(encoders, variables, names, templates)
+        return zero_shot_classifier(encoders, variables, names, templates, bar)
 
     monkeypatch.setattr(module, "zero_shot_classifier", counting)
     return counts

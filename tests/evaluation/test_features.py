@@ -11,8 +11,8 @@ from PIL import Image
 from clip_jax.data.example import Example
 from clip_jax.errors import UserError
 from clip_jax.evaluation import features as module
+from clip_jax.evaluation.encoders import make_encoders
 from clip_jax.evaluation.features import extract
-from clip_jax.evaluation.zero_shot import make_encoders
 from clip_jax.models import CLIP, TextConfig
 from clip_jax.parallel import MeshConfig, make_partitioner
 from tests import tiny
@@ -59,13 +59,13 @@ def cache(tmp_path, monkeypatch):
 @pytest.fixture
 def encoded(monkeypatch):
     """How many examples were encoded in each chunk that was."""
-    counts, encode = [], module._encode
+    counts, encode = [], module.encode_examples
 
-    def counting(encoders, variables, part):
+    def counting(encoder, variables, part, *arguments, **options):
         counts.append(len(part))
-        return encode(encoders, variables, part)
+        return encode(encoder, variables, part, *arguments, **options)
 
-    monkeypatch.setattr(module, "_encode", counting)
+    monkeypatch.setattr(module, "encode_examples", counting)
     return counts
 
 

@@ -15,8 +15,8 @@ from clip_jax.data.access import Access
 from clip_jax.errors import UserError
 from clip_jax.evaluation import prompts
 from clip_jax.evaluation.datasets import evaluation_set
+from clip_jax.evaluation.encoders import make_encoders
 from clip_jax.evaluation.registry import Entry
-from clip_jax.evaluation.zero_shot import make_encoders
 from clip_jax.models import CLIP, CLIPConfig, TextConfig
 from clip_jax.parallel import MeshConfig, make_partitioner
 from clip_jax.weights import save
@@ -181,9 +181,11 @@ def test_prompts_of_all_sets_are_checked_before_anything_is_computed(weights, tm
         raise UserError("computed")
 
     def spied(model, partitioner):
-        return dataclasses.replace(make_encoders(model, partitioner), encode_tokens=compute, encode_images=compute)
+        encoders = make_encoders(model, partitioner)
+        refusing = dataclasses.replace(encoders.encode_tokens, function=compute)
+        return dataclasses.replace(encoders, encode_tokens=refusing, encode_images=refusing)
 
-    monkeypatch.setattr("clip_jax.evaluation.zero_shot.make_encoders", spied)
+    monkeypatch.setattr("clip_jax.evaluation.encoders.make_encoders", spied)
     good = write_classes(tmp_path / "good", ("cat", "dog"))
     long = write_classes(tmp_path / "long", ("cat", "word " * 40))
     assert evaluate.main(["--weights", weights, "--datasets", f"{good},{long}"]) == 1

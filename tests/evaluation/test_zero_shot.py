@@ -10,8 +10,9 @@ from PIL import Image
 from clip_jax.data.example import Example
 from clip_jax.errors import UserError
 from clip_jax.evaluation.datasets import EvaluationSet, evaluation_set
+from clip_jax.evaluation.encoders import make_encoders
 from clip_jax.evaluation.registry import EVALUATION_SETS, Entry
-from clip_jax.evaluation.zero_shot import ZeroShotResult, make_encoders, zero_shot, zero_shot_classifier
+from clip_jax.evaluation.zero_shot import ZeroShotResult, zero_shot, zero_shot_classifier
 from clip_jax.models import CLIP, CLIPConfig, TextConfig
 from clip_jax.parallel import MeshConfig, make_partitioner
 from clip_jax.processing import tokenize

@@ -3,47 +3,22 @@
 import os
 import shutil
 import socket
-import subprocess
-import sys
 from contextlib import closing
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 from clip_jax.training.lock import Lock
 from clip_jax.workdir import read_metrics
-
-ROOT = Path(__file__).parent.parent.parent
-
-
-def start(coordinator, processes, index, workdir):
-    arguments = map(str, (coordinator, processes, index, workdir))
-    command = [sys.executable, "-m", "tests.multiprocess.worker", *arguments]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    return subprocess.Popen(
-        [str(part) for part in command], cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True
-    )
-
-
-def finish(*processes):
-    for process in processes:
-        _, errors = process.communicate(timeout=400)
-        assert process.returncode == 0, errors[-3000:]
-
-
-def free_port():
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return sock.getsockname()[1]
+from tests.multiprocess.processes import finish, free_address, start
 
 
 @pytest.fixture(scope="module")
 def workdirs(tmp_path_factory):
     alone, together = tmp_path_factory.mktemp("alone"), tmp_path_factory.mktemp("together")
-    finish(start("none", 1, 0, alone))
-    coordinator = f"127.0.0.1:{free_port()}"
-    finish(*(start(coordinator, 2, index, together) for index in range(2)))
+    finish(start("worker", "none", 1, 0, alone))
+    coordinator = free_address()
+    finish(*(start("worker", coordinator, 2, index, together) for index in range(2)))
     return alone, together
 
 
@@ -64,15 +39,15 @@ def test_only_one_process_writes_logs(workdirs):
 
 def test_a_run_of_two_processes_is_continued_by_one(workdirs):
     """The checkpoint that two processes wrote is restored on other hosts: one process, nothing left to train."""
-    finish(start("none", 1, 0, workdirs[1]))
+    finish(start("worker", "none", 1, 0, workdirs[1]))
 
 
 def test_no_process_waits_where_the_first_refuses(workdirs, tmp_path):
     """Another run's lock is found by the first process alone."""
     shutil.copytree(workdirs[1], tmp_path / "run")
-    coordinator = f"127.0.0.1:{free_port()}"
+    coordinator = free_address()
     with closing(Lock(tmp_path / "run")):
-        processes = [start(coordinator, 2, index, tmp_path / "run") for index in range(2)]
+        processes = [start("worker", coordinator, 2, index, tmp_path / "run") for index in range(2)]
         errors = [process.communicate(timeout=300)[1] for process in processes]
     assert all(process.returncode != 0 for process in processes)
     assert f"process {os.getpid()} on {socket.gethostname()} is training" in errors[0]

@@ -5,8 +5,8 @@ import sys
 
 import jax
 
+from clip_jax.distributed import initialize
 from clip_jax.parallel import MeshConfig
-from clip_jax.training.distributed import initialize
 from clip_jax.training.run import run
 from tests.training.test_run import config_of
 

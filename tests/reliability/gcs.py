@@ -1,4 +1,4 @@
-"""What gcp-storage-emulator lacks of Google's storage, and a training run uses: conditions on generations, moves."""
+"""What gcp-storage-emulator lacks of Google's storage, and a training run uses: conditions on generations."""
 
 import http.client
 import json
@@ -9,7 +9,7 @@ from tests.data.buckets import Loopback, _Handler
 
 
 class Gcs(Loopback):
-    """An emulator with generations: writes on condition, reads that tell theirs, and moves of objects."""
+    """An emulator with generations: writes on condition, and reads that tell theirs."""
 
     def __init__(self, upstream):
         super().__init__(upstream)
@@ -39,8 +39,6 @@ class _WithGenerations(_Handler):
         parts = address.path.split("/")
         bucket = parts[parts.index("b") + 1] if "b" in parts else ""
         name = query.get("name") or unquote("/".join(parts[parts.index("o") + 1 :]) if "o" in parts else "")
-        if "/moveTo/o/" in address.path:
-            return self._move(bucket, *name.split("/moveTo/o/"))
         if self.command in ("POST", "PUT", "DELETE") and "ifGenerationMatch" in query:
             with self.server.writing:  # nobody else writes between the question and the answer
                 if self.server.generation(bucket, name) != query["ifGenerationMatch"]:
@@ -56,15 +54,6 @@ class _WithGenerations(_Handler):
         if self.name and status in (200, 206):
             headers = {**headers, "X-Goog-Generation": self.server.generation(*self.name)}
         super()._answer(status, headers, content, fault)
-
-    def _move(self, bucket, source, target):
-        self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        source, target = quote(source, safe=""), quote(target, safe="")
-        prefix = f"/storage/v1/b/{bucket}/o/{source}"
-        status, headers, content = self.server.ask("POST", f"{prefix}/copyTo/b/{bucket}/o/{target}")
-        if status == 200:
-            self.server.ask("DELETE", prefix)
-        self._answer(status, headers, content)
 
     def _refuse(self):
         self.rfile.read(int(self.headers.get("Content-Length") or 0))

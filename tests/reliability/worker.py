@@ -25,8 +25,8 @@ from orbax.checkpoint._src.path import deleter
 
 from clip_jax import cli
 from clip_jax.data.pipeline import TrainBatches
+from clip_jax.distributed import initialize
 from clip_jax.training import checkpoints, lock, manifest, run, run_config
-from clip_jax.training.distributed import initialize
 from clip_jax.training.metrics import MetricsWriter
 from tests.training.test_run import config_of
 

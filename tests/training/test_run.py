@@ -22,6 +22,7 @@ from clip_jax.training.run import run
 from clip_jax.weights import load_variables
 from clip_jax.workdir import read_metrics
 from tests import tiny
+from train import zero_shot_evaluation
 
 FIRST_CONFIG = Path(__file__).parent / "golden" / "first_config.json"
 CONFIG = RunConfig(
@@ -58,6 +59,15 @@ def test_the_augmentation_of_the_config_is_applied(undisturbed, tmp_path):
     first, plain = (read_metrics(workdir)[0] for workdir in (tmp_path, undisturbed[0]))
     assert first["step"] == plain["step"] == 1
     assert first["loss"] != plain["loss"]
+
+
+def test_evaluation_does_not_disturb_the_order_of_the_data(undisturbed, tmp_path):
+    run(config_of(eval_every=2), str(tmp_path), zero_shot_evaluation)
+    lines = read_metrics(tmp_path)
+    losses = {line["step"]: line["loss"] for line in lines if "loss" in line}
+    assert len([line for line in lines if "eval/digits/acc1" in line]) == 3
+    expected = {line["step"]: line["loss"] for line in read_metrics(undisturbed[0])}
+    assert losses == expected and set(losses) == {1, 2, 4, 6}
 
 
 def test_a_run_writes_metrics_checkpoints_and_its_configuration(undisturbed):
