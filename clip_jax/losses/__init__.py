@@ -3,6 +3,7 @@
 A loss of one's own is one more file and one more entry of `LOSSES`.
 """
 
+from clip_jax.losses.captions import REPEATED_CAPTIONS, Captions, captions_of
 from clip_jax.losses.loss import Loss
 from clip_jax.losses.sigmoid import SIGMOID, sigmoid_loss
 from clip_jax.losses.softmax import SOFTMAX, softmax_loss
@@ -10,4 +11,14 @@ from clip_jax.losses.softmax import SOFTMAX, softmax_loss
 # What `config.loss` can name.
 LOSSES: dict[str, Loss] = {"softmax": SOFTMAX, "sigmoid": SIGMOID}
 
-__all__ = ["LOSSES", "SIGMOID", "SOFTMAX", "Loss", "sigmoid_loss", "softmax_loss"]
+__all__ = [
+    "LOSSES",
+    "REPEATED_CAPTIONS",
+    "SIGMOID",
+    "SOFTMAX",
+    "Captions",
+    "Loss",
+    "captions_of",
+    "sigmoid_loss",
+    "softmax_loss",
+]

@@ -11,6 +11,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
 from clip_jax.errors import UserError
+from clip_jax.losses.captions import Captions
 from clip_jax.losses.ring import make_ring
 from clip_jax.parallel import Partitioner
 
@@ -23,10 +24,10 @@ class Loss:
     """A contrastive loss of normalised image and text features and of a few scalar parameters of the model.
 
     Attributes:
-      dense: (image_features, text_features, *parameters) -> loss over the batch. The definition; it holds the
-        batch x batch logits, and is the faster form while these are small.
-      part: (image_features, text_features, *parameters, ring) -> this device's part of the loss, summed over its
-        examples. It holds one tile of the logits at a time.
+      dense: (image_features, text_features, *parameters, captions=None) -> loss over the batch. The definition; it
+        holds the batch x batch logits, and is the faster form while these are small.
+      part: (image_features, text_features, *parameters, captions, ring) -> this device's part of the loss, summed over
+        its examples. It holds one tile of the logits at a time.
       initial: the parameters' names, in the order in which both functions take them, and the values they start from.
       bounds: name -> (lowest, highest) value that a parameter is clipped to after every update.
     """
@@ -57,8 +58,9 @@ class Loss:
         return {**params, **{name: filled(name) for name in self.initial}}
 
     def bound(self, params: Mapping[str, Any]) -> dict[str, Any]:
-        """A model's parameters with those of the loss clipped to their bounds."""
-        return {**params, **{name: jnp.clip(params[name], low, high) for name, (low, high) in self.bounds.items()}}
+        """Parameters of a model with those of the loss, as far as they are among them, clipped to their bounds."""
+        bounds = {name: bounds for name, bounds in self.bounds.items() if name in params}
+        return {**params, **{name: jnp.clip(params[name], low, high) for name, (low, high) in bounds.items()}}
 
     def over_mesh(
         self,
@@ -67,6 +69,7 @@ class Loss:
         params: Mapping[str, Any],
         partitioner: Partitioner,
         tile: int,
+        captions: Captions | None = None,
     ) -> Scalar:
         """The value of `dense` for a batch that is split over a mesh, without the logits matrix.
 
@@ -79,6 +82,7 @@ class Loss:
           params: hold the loss's parameters, replicated.
           partitioner: devices along other axes of its mesh repeat the computation.
           tile: rows of logits that a device holds at a time, at most.
+          captions: split like the features; None if those that are equal are negatives like all others.
 
         Returns:
           At least float32, the mean over the global batch, the same on every device.
@@ -90,11 +94,11 @@ class Loss:
         partitioner.check_batch_size(batch)
         ring = make_ring(partitioner.mesh, axes, tile)
 
-        def mean(images: Array, texts: Array, *parameters: Array) -> Scalar:
+        def mean(images: Array, texts: Array, captions: Captions | None, *parameters: Array) -> Scalar:
             # Each device gets its own copy of a parameter; the transpose adds the devices' gradients up.
             own = [jax.lax.pcast(parameter, axes, to="varying") for parameter in parameters]
-            return jax.lax.psum(self.part(images, texts, *own, ring), axes) / batch
+            return jax.lax.psum(self.part(images, texts, *own, captions, ring), axes) / batch
 
-        specs = (P(axes), P(axes), *[P()] * len(self.initial))
+        specs = (*[P(axes)] * 3, *[P()] * len(self.initial))
         sharded = jax.shard_map(mean, mesh=partitioner.mesh, in_specs=specs, out_specs=P())
-        return sharded(image_features, text_features, *[params[name] for name in self.initial])
+        return sharded(image_features, text_features, captions, *[params[name] for name in self.initial])

@@ -11,9 +11,9 @@ Cost per device, in matmul units of local x batch x width multiply-adds: 1 forwa
 the gradients), against 2 and 4 for two gathered, one-directional losses. A trip moves batch x width text features
 past each device, and on the way back as many float32 gradients. Memory: tile x local + local x width.
 
-Positive pairs (the diagonal) are left out of the tiles and added from row-wise dot products. That keeps relative
-accuracy where the loss almost vanishes, and keeps rounding to bfloat16 in the gradients' matmuls away from the
-largest terms.
+An image and its own text (the diagonal) are left out of the tiles and added from row-wise dot products. That keeps
+relative accuracy where the loss almost vanishes, and keeps rounding to bfloat16 in the gradients' matmuls away from
+the largest terms.
 """
 
 import math
@@ -25,8 +25,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
+from clip_jax.losses.captions import Captions, compare
 from clip_jax.precision import at_least_float32, wide_dtype
 
 Tree = Any
@@ -98,16 +99,25 @@ def masked(logits: Float[Array, "rows columns"], counts: Bool[Array, "rows colum
 
 
 def feature_gradients(
-    weigh: Callable, images: Tree, texts: Tree, row: Tree, column: Tree, positive_weight: Tree, factor: Tree, ring: Ring
+    weigh: Callable,
+    images: Tree,
+    texts: Tree,
+    row: Tree,
+    column: Tree,
+    captions: Captions | None,
+    positive_weight: Tree,
+    factor: Tree,
+    ring: Ring,
 ) -> tuple[Float[Array, "local width"], Float[Array, "local width"], Tree]:
     """Gradients of the features, from those of the logits.
 
     Args:
-      weigh: (cosines, counts, row, column) -> (gradient of the tile's logits, scalars to add up).
+      weigh: (cosines, pairs, row, column) -> (gradient of the tile's logits, scalars to add up).
       images: this device's image features, (local, width).
       texts: likewise.
       row: what `weigh` needs to know of each image, leading axis `local`.
       column: what it needs to know of each text.
+      captions: those of the pairs.
       positive_weight: (local,), the gradient of each pair's own logit.
       factor: of logits on cosines, and the incoming gradient.
       ring: the devices.
@@ -116,9 +126,9 @@ def feature_gradients(
       The gradients of images and texts, and the sums of `weigh`'s scalars.
     """
 
-    def visit(d_texts, rows, d_images, block, counts):
+    def visit(d_texts, rows, d_images, block, pairs):
         (images, row), (texts, column) = rows, block
-        weights, scalars = weigh(product("id,jd->ij", images, texts), counts, row, column)
+        weights, scalars = weigh(product("id,jd->ij", images, texts), pairs, row, column)
         weights = weights.astype(texts.dtype)
         d_images += product("ij,jd->id", weights, texts)
         d_texts += product("ij,id->jd", weights, images)
@@ -126,7 +136,7 @@ def feature_gradients(
 
     zeros = jnp.zeros_like(at_least_float32(images))
     d_images, d_texts, scalars = rotate(
-        visit, add, ring, rows=(images, row), row_state=zeros, block=(texts, column), tally=zeros
+        visit, add, ring, captions, rows=(images, row), row_state=zeros, block=(texts, column), tally=zeros
     )
     d_images = factor * (d_images + positive_weight[:, None] * texts)
     d_texts = factor * (d_texts + positive_weight[:, None] * images)
@@ -134,15 +144,24 @@ def feature_gradients(
 
 
 def rotate(
-    visit: Callable, merge: Callable, ring: Ring, *, rows: Tree, row_state: Tree, block: Tree, tally: Tree
+    visit: Callable,
+    merge: Callable,
+    ring: Ring,
+    captions: Captions | None,
+    *,
+    rows: Tree,
+    row_state: Tree,
+    block: Tree,
+    tally: Tree,
 ) -> tuple[Tree, Tree, Tree]:
     """Show every device's block to the rows of every device, tile by tile.
 
     Args:
-      visit: (contribution, tile of rows, tile of row_state, block, counts) -> (contribution, tile of row_state,
-        scalars); `counts`, bool (rows, columns), is False for the pairs of the tile to leave out.
+      visit: (contribution, tile of rows, tile of row_state, block, pairs) -> (contribution, tile of row_state,
+        scalars); `pairs` are the tile's `Pairs`.
       merge: combines two tallies.
       ring: the devices' order and the tile.
+      captions: those of this device's pairs; None if all captions count as different.
       rows: arrays with leading axis `local` that stay.
       row_state: arrays with leading axis `local` that stay and are updated.
       block: arrays that travel unchanged.
@@ -155,6 +174,7 @@ def rotate(
     local, columns = jax.tree.leaves(rows)[0].shape[0], jax.tree.leaves(block)[0].shape[0]
     count = math.ceil(local / ring.tile)
     size = math.ceil(local / count)
+    rows, block = (rows, captions), (block, captions)
     rows, row_state = jax.tree.map(partial(_cut, count=count, size=size), (rows, row_state))
 
     def hop(carry, _):
@@ -163,11 +183,13 @@ def rotate(
         # hop late: what arrives here was collected from this block before it came.
         next_block, arriving = shift((block, collected))
 
-        def step(carry, rows):
-            first, contribution, row_state = carry
-            counts = _counts(first, (size, columns), local, own=number == 0)
+        def step(carry, tile):
+            (first, contribution, row_state), (rows, row_captions) = carry, tile
+            texts, column_captions = block
+            others = _others(first, (size, columns), local, own=number == 0)
+            pairs = compare(row_captions, column_captions, others)
             tile_state = jax.tree.map(lambda leaf: leaf[first // size], row_state)
-            contribution, tile_state, scalars = visit(contribution, rows, tile_state, block, counts)
+            contribution, tile_state, scalars = visit(contribution, rows, tile_state, texts, pairs)
             row_state = jax.tree.map(lambda leaf, update: leaf.at[first // size].set(update), row_state, tile_state)
             return (first + size, contribution, row_state), scalars
 
@@ -185,16 +207,16 @@ def add(a: Tree, b: Tree) -> Tree:
     return jax.tree.map(jnp.add, a, b)
 
 
-def _cut(rows: Float[Array, "local ..."], count: int, size: int) -> Float[Array, "count size ..."]:
+def _cut(rows: Shaped[Array, "local ..."], count: int, size: int) -> Shaped[Array, "count size ..."]:
     """Cut axis 0 into `count` tiles of `size` rows, the last one filled up with zeros."""
     padding = [(0, count * size - len(rows))] + [(0, 0)] * (rows.ndim - 1)
     return jnp.pad(rows, padding).reshape(count, size, *rows.shape[1:])
 
 
-def _counts(
+def _others(
     first: Int[Array, ""], shape: tuple[int, int], local: int, own: Bool[Array, ""]
 ) -> Bool[Array, "rows columns"]:
-    """False for the positive pairs, which lie in the device's own block, and for the rows that fill up a tile."""
+    """False for an image and its own text, which lie in the device's own block, and for rows that fill up a tile."""
     row = first + jax.lax.broadcasted_iota(jnp.int32, shape, 0)
     column = jax.lax.broadcasted_iota(jnp.int32, shape, 1)
     return ~(own & (row == column) | (row >= local))

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from clip_jax.losses.captions import Captions, Pairs, compare
 from clip_jax.losses.loss import Loss
 from clip_jax.losses.ring import Ring, add, feature_gradients, masked, paired_cosines, product, rotate
 
@@ -16,6 +17,7 @@ def sigmoid_loss(
     text_features: Float[Array, "batch width"],
     logit_scale: Float[Array, ""],
     logit_bias: Float[Array, ""],
+    captions: Captions | None = None,
 ) -> Float[Array, ""]:
     """Every pair of the batch is a binary classification.
 
@@ -24,60 +26,72 @@ def sigmoid_loss(
       text_features: likewise; row i belongs to image i, every other row is a negative.
       logit_scale: log of the factor on the cosines.
       logit_bias: added to every logit.
+      captions: to take those that are equal for something else than negatives.
 
     Returns:
-      At least float32, -log sigmoid(z logit) summed over all pairs, divided by the batch; z = 1 for a pair, else -1.
+      At least float32, -log sigmoid(z logit) summed over all pairs, divided by the batch; z = 1 for a positive,
+      else -1.
     """
     logits = jnp.exp(logit_scale) * product("id,jd->ij", image_features, text_features) + logit_bias
-    batch = logits.shape[0]
-    signs = 2 * jnp.eye(batch, dtype=logits.dtype) - 1
-    return -jnp.sum(jax.nn.log_sigmoid(signs * logits)) / batch
+    own = jnp.eye(len(logits), dtype=bool)
+    pairs = compare(captions, captions, ~own)
+    towards_loss = jnp.where(own, -logits, _signs(pairs) * logits)
+    return jnp.sum(jax.nn.softplus(masked(towards_loss, pairs.counts | own))) / len(logits)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4,))
+@partial(jax.custom_vjp, nondiff_argnums=(5,))
 def sigmoid_part(
     images: Float[Array, "local width"],
     texts: Float[Array, "local width"],
     logit_scale: Float[Array, ""],
     logit_bias: Float[Array, ""],
+    captions: Captions | None,
     ring: Ring,
 ) -> Float[Array, ""]:
-    """Sum over this device's images and all texts of -log sigmoid(z s), z = 1 for the pair, else -1."""
-    return _forward(images, texts, logit_scale, logit_bias, ring)[0]
+    """Sum over this device's images and all texts of -log sigmoid(z s), z = 1 for a positive, else -1."""
+    return _forward(images, texts, logit_scale, logit_bias, captions, ring)[0]
 
 
-def _forward(images, texts, logit_scale, logit_bias, ring):
+def _forward(images, texts, logit_scale, logit_bias, captions, ring):
     scale = jnp.exp(logit_scale)
 
-    def visit(contribution, images, row_state, texts, counts):
+    def visit(contribution, images, row_state, texts, pairs):
         logits = scale * product("id,jd->ij", images, texts) + logit_bias
-        return contribution, row_state, jnp.sum(jax.nn.softplus(masked(logits, counts)))
+        losses = jax.nn.softplus(masked(_signs(pairs) * logits, pairs.counts))
+        return contribution, row_state, jnp.sum(losses)
 
-    *_, negative_loss = rotate(visit, add, ring, rows=images, row_state=(), block=texts, tally=())
+    *_, others_loss = rotate(visit, add, ring, captions, rows=images, row_state=(), block=texts, tally=())
     positives = scale * paired_cosines(images, texts) + logit_bias
-    loss = negative_loss + jnp.sum(jax.nn.softplus(-positives))
-    return loss, (images, texts, logit_scale, logit_bias)
+    loss = others_loss + jnp.sum(jax.nn.softplus(-positives))
+    return loss, (images, texts, logit_scale, logit_bias, captions)
 
 
 def _backward(ring, residuals, cotangent):
-    images, texts, logit_scale, logit_bias = residuals
+    images, texts, logit_scale, logit_bias, captions = residuals
     scale = jnp.exp(logit_scale)
 
-    def weigh(cosines, counts, row, column):
-        weights = jax.nn.sigmoid(masked(scale * cosines + logit_bias, counts))
+    def weigh(cosines, pairs, row, column):
+        signs = _signs(pairs)
+        weights = signs * jax.nn.sigmoid(masked(signs * (scale * cosines + logit_bias), pairs.counts))
         return weights, (jnp.sum(weights * cosines), jnp.sum(weights))
 
     cosines = paired_cosines(images, texts)
     positive_weight = -jax.nn.sigmoid(-(scale * cosines + logit_bias))
     d_images, d_texts, (d_scale, d_bias) = feature_gradients(
-        weigh, images, texts, (), (), positive_weight, cotangent * scale, ring
+        weigh, images, texts, (), (), captions, positive_weight, cotangent * scale, ring
     )
     d_scale += jnp.sum(positive_weight * cosines)
     d_bias += jnp.sum(positive_weight)
-    return d_images, d_texts, cotangent * scale * d_scale, cotangent * d_bias
+    return d_images, d_texts, cotangent * scale * d_scale, cotangent * d_bias, None
 
 
 sigmoid_part.defvjp(_forward, _backward)
+
+
+def _signs(pairs: Pairs):
+    """-z of each pair besides an image and its own text: whether its loss grows with its logit, or falls."""
+    return 1.0 if pairs.positive is None else 1.0 - 2.0 * pairs.positive
+
 
 # SigLIP's start; neither its scale nor its bias has a bound (section 3.2, and big_vision's implementation).
 SIGMOID = Loss(

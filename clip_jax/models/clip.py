@@ -63,10 +63,19 @@ class CLIP(nn.Module):
             logits_per_image = logits_per_image + self.logit_bias
         return logits_per_image, logits_per_image.T
 
-    def encode_image(self, images: Images, train: bool = False) -> Float[Array, "images embed_dim"]:
-        """Image features, not normalised, in the compute dtype."""
+    def encode_image(
+        self, images: Images, train: bool = False, patches: Int[Array, "images kept"] | None = None
+    ) -> Float[Array, "images embed_dim"]:
+        """Image features, not normalised, in the compute dtype.
+
+        Args:
+          images: see the class.
+          train: whether BatchNorm takes the batch's statistics.
+          patches: of a ViT, the numbers of the patches of each image that it sees; None for all.
+        """
         self._check_bound("encode_image", "images")
-        return self.visual(self._checked_images(images), train)
+        chosen = () if patches is None else (patches,)
+        return self.visual(self._checked_images(images), train, *chosen)
 
     def encode_text(self, tokens: Tokens) -> Float[Array, "texts embed_dim"]:
         """Text features, not normalised, in the compute dtype."""

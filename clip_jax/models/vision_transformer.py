@@ -2,7 +2,7 @@
 
 import flax.linen as nn
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from clip_jax.models.config import Execution, VisionTransformerConfig
 from clip_jax.models.convolution import convolve
@@ -49,10 +49,16 @@ class VisionTransformer(nn.Module):
         self.proj = self.param("proj", normal(std, "embed", "projection"), (config.width, self.embed_dim))
 
     def __call__(
-        self, images: Float[Array, "batch _height _width 3"], train: bool = False
+        self,
+        images: Float[Array, "batch _height _width 3"],
+        train: bool = False,
+        patches: Int[Array, "batch kept"] | None = None,
     ) -> Float[Array, "batch embed_dim"]:
-        """The image features, not normalised. `train` changes nothing in a ViT."""
-        x, _ = self.transformer(self.embed(images))
+        """The image features, not normalised, from all patches or from those that are named alone.
+
+        `train` changes nothing in a ViT.
+        """
+        x, _ = self.transformer(self.embed(images, patches))
         return self.pool(x)
 
     def hidden_states(
@@ -66,7 +72,9 @@ class VisionTransformer(nn.Module):
         """The class token before its projection."""
         return self.ln_post(self.transformer(self.embed(images))[0][:, 0])
 
-    def embed(self, images: Float[Array, "batch _height _width 3"]) -> Float[Array, "batch tokens width"]:
+    def embed(
+        self, images: Float[Array, "batch _height _width 3"], kept: Int[Array, "batch kept"] | None = None
+    ) -> Float[Array, "batch tokens width"]:
         """The sequence that enters the first block: class token and patches, with positions, through ln_pre."""
         dtype = self.execution.compute_dtype
         patches = self.conv1(images.astype(dtype))
@@ -74,7 +82,10 @@ class VisionTransformer(nn.Module):
         patches = patches.reshape(batch, -1, width)
         class_token = jnp.broadcast_to(self.class_embedding.astype(dtype), (batch, 1, width))
         x = jnp.concatenate([class_token, patches], axis=1)
-        x = self.ln_pre(x + self.positional_embedding.astype(dtype)[None])
+        x = x + self.positional_embedding.astype(dtype)[None]
+        if kept is not None:
+            x = jnp.concatenate([x[:, :1], jnp.take_along_axis(x[:, 1:], kept[:, :, None], axis=1)], axis=1)
+        x = self.ln_pre(x)
         return nn.with_logical_constraint(x, ("batch", "length", "features"))
 
     def pool(self, x: Float[Array, "batch tokens width"]) -> Float[Array, "batch embed_dim"]:

@@ -7,20 +7,36 @@ computed for nothing or could be left out are not considered: attention counts i
 
 from itertools import pairwise
 
-from clip_jax.models import CLIPConfig, ResNetConfig, TextConfig, VisionTransformerConfig
+from clip_jax.models import CLIPConfig, ResNetConfig, TextConfig, VisionTransformerConfig, variable_shapes
 from clip_jax.models.resnet import EXPANSION
+from clip_jax.training.config import RunConfig
+from clip_jax.training.parameters import split
+from clip_jax.training.step import patches_kept
 
 
-def train_flops(config: CLIPConfig, global_batch: int) -> int:
-    """Of one example in a training step: both towers and its row of the similarity matrix, forward and backward."""
-    similarities = 2 * global_batch * config.embed_dim
-    return 3 * (forward_flops(config) + similarities)
+def train_flops(run: RunConfig) -> int:
+    """Of one example in a training step: both towers and its row of the similarity matrix, forward and backward.
+
+    A tower that is frozen as a whole has no backward pass.
+    """
+    config = run.model
+    trained, _ = split(variable_shapes(config)["params"], run.optimizer.frozen)
+    passes = {tower: 3 if tower in trained else 1 for tower in ("visual", "text")}
+    image, text = _image(config), _text(config.text, config.embed_dim)
+    if run.patch_dropout:
+        image -= _of_patches_left_out(config.vision, patches_kept(config.vision, run.patch_dropout))
+    similarities = 2 * run.batch_size * config.embed_dim
+    products = 1 + sum(tower in trained for tower in passes)  # the matrix, and the gradients of those that have one
+    return passes["visual"] * image + passes["text"] * text + products * similarities
 
 
 def forward_flops(config: CLIPConfig) -> int:
     """Of encoding one image and one text."""
-    image_tower = _IMAGE_TOWERS[type(config.vision)]
-    return image_tower(config.vision, config.embed_dim) + _text(config.text, config.embed_dim)
+    return _image(config) + _text(config.text, config.embed_dim)
+
+
+def _image(config: CLIPConfig) -> int:
+    return _IMAGE_TOWERS[type(config.vision)](config.vision, config.embed_dim)
 
 
 def _vision_transformer(config: VisionTransformerConfig, embed_dim: int) -> int:
@@ -28,6 +44,12 @@ def _vision_transformer(config: VisionTransformerConfig, embed_dim: int) -> int:
     embedding = _matmul(patches, 3 * config.patch_size**2, config.width)
     blocks = config.layers * _block(config.tokens, config.width, config.mlp_width)
     return embedding + blocks + _matmul(1, config.width, embed_dim)
+
+
+def _of_patches_left_out(config: VisionTransformerConfig, kept: int) -> int:
+    """What blocks do not compute that see so many patches only; all are embedded first."""
+    whole, rest = (_block(tokens, config.width, config.mlp_width) for tokens in (config.tokens, kept + 1))
+    return config.layers * (whole - rest)
 
 
 def _text(config: TextConfig, embed_dim: int) -> int:

@@ -57,7 +57,7 @@ class Plan:
     @property
     def flops_per_example(self) -> int:
         """Of the model's mathematics; see `flops.py`."""
-        return train_flops(self.config.model, self.config.batch_size)
+        return train_flops(self.config)
 
     @property
     def settings(self) -> dict[str, Any]:

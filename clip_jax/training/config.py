@@ -10,13 +10,15 @@ from clip_jax.data.access import Access
 from clip_jax.data.pipeline import InputConfig
 from clip_jax.data.sources import source_config
 from clip_jax.errors import UserError
-from clip_jax.losses import LOSSES
-from clip_jax.models import CLIP, CLIPConfig, Execution
+from clip_jax.losses import LOSSES, REPEATED_CAPTIONS
+from clip_jax.models import CLIP, CLIPConfig, Execution, VisionTransformerConfig, variable_shapes
 from clip_jax.options import inline, kept_values, option
 from clip_jax.parallel import MeshConfig, make_partitioner
 from clip_jax.processing import Augment
 from clip_jax.training.guard import GuardConfig
+from clip_jax.training.initial_weights import InitialWeights
 from clip_jax.training.optimizer import OptimizerConfig, make_optimizer
+from clip_jax.training.parameters import check_patterns, paths_of, split
 from clip_jax.training.state import Training
 
 
@@ -27,6 +29,7 @@ class RunConfig:
     name: str = option(help="of the model in reports and plans; evaluation takes official weights of this name")
     model: CLIPConfig = option(help="the architecture: its fields, or an official name such as ViT-B/32")
     data: Mapping[str, Mapping[str, Any]] = option({}, "sources to train on by name, each with its fields and a weight")
+    init: InitialWeights = inline(InitialWeights())
     input: InputConfig = inline(InputConfig())
     access: Access = inline(Access())
     augment: Augment = option(Augment(), "how training varies its images")
@@ -37,9 +40,19 @@ class RunConfig:
     microbatches: int = option(1, "pieces in which each device encodes its share; raise it when memory is short")
     loss: str = option("softmax", f"{' or '.join(LOSSES)}; sigmoid goes with model.logit_bias")
     loss_tile: int = option(1024, "rows of the similarity matrix in memory at a time, at most", may_change=True)
+    repeated_captions: str = option(
+        "negatives",
+        "what the other images of a caption that the batch holds more than once are to it: negatives, positives "
+        "(targets spread evenly) or ignored (left out)",
+    )
     execution: Execution = inline(Execution())
     optimizer: OptimizerConfig = option(OptimizerConfig(), "AdamW")
     guard: GuardConfig = option(GuardConfig(), "which steps are skipped, and when the run stops for them")
+    running_statistics: bool = option(
+        False, "whether BatchNorm normalises by running statistics, which then stay; it does in a tower that is frozen"
+    )
+    patch_dropout: float = option(0.0, "share of an image's patches that training leaves out at random; 0.5 in FLIP")
+    ema_decay: float = option(0.0, "of a moving average of the weights, kept beside them; 0 keeps none")
     mesh: MeshConfig = option(MeshConfig(), "devices of a slice along each axis")
     log_every: int = option(100, "steps between lines of metrics", may_change=True)
     eval_every: int = option(10_000, "steps between evaluations", may_change=True)
@@ -53,6 +66,14 @@ class RunConfig:
     def __post_init__(self):
         if self.loss not in LOSSES:
             raise UserError(f"loss must be one of {', '.join(LOSSES)}; got {self.loss!r}")
+        if self.repeated_captions not in REPEATED_CAPTIONS:
+            choices = ", ".join(REPEATED_CAPTIONS)
+            raise UserError(f"repeated_captions must be one of {choices}; got {self.repeated_captions!r}")
+        for name in ("ema_decay", "patch_dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise UserError(f"{name} must be at least 0 and below 1, got {getattr(self, name)}")
+        if self.patch_dropout and not isinstance(self.model.vision, VisionTransformerConfig):
+            raise UserError("patch_dropout leaves out patches of a ViT; a ResNet has none, so set it to 0")
         if not 0 <= self.seed < 2**32:
             raise UserError(f"seed must be at least 0 and below 2**32, got {self.seed}")
         if self.batch_size < 2:
@@ -71,16 +92,27 @@ def make_training(config: RunConfig, devices: list[jax.Device] | None = None) ->
     """What a run trains, over `devices` (default: all, of every process).
 
     Raises:
-      UserError: the mesh does not fit the devices, or the schedule not the run.
+      UserError: the mesh does not fit the devices, or the schedule not the run; or what is frozen is nothing, or all.
     """
+    params = variable_shapes(config.model)["params"]
+    check_patterns(config.optimizer.frozen, paths_of(params), "optimizer.frozen", "parameter of the model")
+    trained, _ = split(params, config.optimizer.frozen)
+    if not trained:
+        raise UserError("optimizer.frozen leaves nothing to train; name less than all parameters")
     return Training(
         model=CLIP(config.model, config.execution),
         optimizer=make_optimizer(config.optimizer, config.total_steps),
         partitioner=make_partitioner(config.mesh, devices),
         loss=LOSSES[config.loss],
         loss_tile=config.loss_tile,
+        repeated_captions=config.repeated_captions,
         microbatches=config.microbatches,
         guard=config.guard,
+        frozen=config.optimizer.frozen,
+        running_statistics=config.running_statistics or "visual" not in trained,
+        patch_dropout=config.patch_dropout,
+        seed=config.seed,
+        ema_decay=config.ema_decay,
     )
 
 

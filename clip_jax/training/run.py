@@ -19,6 +19,7 @@ from clip_jax.training.clock import Clock
 from clip_jax.training.config import RunConfig, check_same_run, make_training
 from clip_jax.training.guard import initial_guard
 from clip_jax.training.hooks import Evaluate, Hold, Log, Save
+from clip_jax.training.initial_weights import start_from
 from clip_jax.training.lock import Lock
 from clip_jax.training.loop import Hook, every, on_devices, train
 from clip_jax.training.metrics import MetricsWriter
@@ -57,7 +58,7 @@ def run(config: RunConfig, workdir: str, make_evaluate: MakeEvaluate | None = No
     with ExitStack() as open_things:
         lock = on_first_process(lambda: open_things.enter_context(closing(Lock(workdir))))
         checkpoints = open_things.enter_context(closing(Checkpoints(workdir, config)))
-        state = _state(checkpoints, training, config.seed)
+        state = _state(checkpoints, training, config)
         write_config(workdir, to_dict(config))
         hosts = jax.process_index(), jax.process_count()
         batches = open_things.enter_context(closing(TrainBatches(reader, config.input, int(state.step), *hosts)))
@@ -93,11 +94,12 @@ def make_reader(config: RunConfig) -> TrainReader:
     return TrainReader(mixture, Preprocess.from_config(config.model), tokenizer, config.augment)
 
 
-def _state(checkpoints: Checkpoints, training: Training, seed: int) -> TrainState:
+def _state(checkpoints: Checkpoints, training: Training, config: RunConfig) -> TrainState:
     """The newest checkpoint's, or a fresh one."""
     restored = checkpoints.restore(abstract_state(training))
     if restored is None:
-        return initial_state(training, seed)
+        state = initial_state(training, config.seed)
+        return start_from(config.init, config.model, state, training.frozen) if config.init.init_from else state
     logger.info("resuming from step %d", int(restored.step))
     if all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(restored.guard)):
         return restored

@@ -13,6 +13,7 @@ from clip_jax.losses import SOFTMAX, Loss
 from clip_jax.models import CLIP, abstract_inputs
 from clip_jax.parallel import Partitioner
 from clip_jax.training.guard import GuardConfig, initial_guard
+from clip_jax.training.parameters import merge, split
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,12 @@ class Training:
       partitioner: the mesh and what is split over it.
       loss: one of `LOSSES`.
       loss_tile: rows of logits that a device holds at a time, at most.
+      repeated_captions: one of `REPEATED_CAPTIONS`.
+      frozen: patterns of the paths of parameters that are not trained.
+      running_statistics: whether BatchNorm normalises by its running statistics, which then stay as they are.
+      patch_dropout: share of the patches of each image that a ViT does not see.
+      seed: of what is random in a step.
+      ema_decay: of the moving average of the trained parameters; 0 keeps none.
       microbatches: pieces in which each device encodes its share of the batch. The loss is still one over the
         global batch, so the gradients do not depend on it (but BatchNorm's statistics do: see `encode`).
       guard: which steps are skipped.
@@ -35,8 +42,14 @@ class Training:
     partitioner: Partitioner
     loss: Loss = SOFTMAX
     loss_tile: int = 1024
+    repeated_captions: str = "negatives"
     microbatches: int = 1
     guard: GuardConfig = GuardConfig()
+    frozen: tuple[str, ...] = ()
+    running_statistics: bool = False
+    patch_dropout: float = 0.0
+    seed: int = 0
+    ema_decay: float = 0.0
 
 
 @flax.struct.dataclass
@@ -47,8 +60,9 @@ class TrainState:
       step: int32 scalar, how many batches have been seen; the updates are fewer by those that were skipped.
       params: the model's parameters, float32.
       batch_stats: running statistics of BatchNorm; empty for a ViT.
-      opt_state: the optimizer's moments and its count of updates.
+      opt_state: the optimizer's moments of the parameters that are trained, and its count of updates.
       guard: what the next step is judged by, and how many were skipped.
+      ema: the moving average of the parameters that are trained; empty if none is kept.
     """
 
     step: Any
@@ -56,11 +70,17 @@ class TrainState:
     batch_stats: Any
     opt_state: Any
     guard: Any
+    ema: Any = flax.struct.field(default_factory=dict)
 
     @property
     def variables(self) -> dict[str, Any]:
         """What `model.apply` takes."""
         return {"params": self.params, **({"batch_stats": self.batch_stats} if self.batch_stats else {})}
+
+    @property
+    def ema_variables(self) -> dict[str, Any]:
+        """What `model.apply` takes to run with the averaged parameters."""
+        return {**self.variables, "params": merge(self.params, self.ema)}
 
 
 def initial_state(training: Training, seed: int) -> TrainState:
@@ -102,12 +122,14 @@ def _boxed_init(training: Training):
     def init(key: jax.Array) -> TrainState:
         variables = training.model.lazy_init(key, *abstract_inputs(training.model.config))
         params = training.loss.start(variables["params"])
+        trained, _ = split(params, training.frozen)
         return TrainState(
             step=jnp.zeros((), jnp.int32),
             params=params,
             batch_stats=variables.get("batch_stats", {}),
-            opt_state=training.optimizer.init(params),
+            opt_state=training.optimizer.init(trained),
             guard=initial_guard(training.guard),
+            ema=trained if training.ema_decay else {},
         )
 
     return init

@@ -8,10 +8,12 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int, Shaped, UInt8
 
-from clip_jax.models import CLIP, normalize
+from clip_jax.losses import captions_of
+from clip_jax.models import CLIP, VisionTransformerConfig, normalize
 from clip_jax.parallel import Jitted, Partitioner
 from clip_jax.processing import Preprocess
 from clip_jax.training.guard import accepts, advance
+from clip_jax.training.parameters import merge, split
 from clip_jax.training.state import Training, TrainState, state_shardings
 
 Batch = Mapping[str, Array]
@@ -32,25 +34,40 @@ def make_train_step(training: Training) -> Jitted:
     model, loss, partitioner = training.model, training.loss, training.partitioner
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        def loss_fn(params: Any) -> tuple[Float[Array, ""], Any]:
+        trained, frozen = split(state.params, training.frozen)
+        patches = kept_patches(training, state.step, len(batch["image"]))
+
+        def loss_fn(trained: Any) -> tuple[Float[Array, ""], Any]:
+            params = merge(trained, frozen)
             variables = {**state.variables, "params": params}
             *features, batch_stats = encode(
-                model, variables, batch["image"], batch["text"], training.microbatches, partitioner
+                model,
+                variables,
+                batch["image"],
+                batch["text"],
+                training.microbatches,
+                partitioner,
+                train=not training.running_statistics,
+                patches=patches,
             )
-            return loss.over_mesh(*features, params, partitioner, training.loss_tile), batch_stats
+            captions = captions_of(batch["text"], training.repeated_captions)
+            return loss.over_mesh(*features, params, partitioner, training.loss_tile, captions), batch_stats
 
-        (value, batch_stats), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
+        (value, batch_stats), grads = jax.value_and_grad(loss_fn, has_aux=True)(trained)
         grad_norm = optax.tree.norm(grads)
         accepted = accepts(state.guard, training.guard, value, grad_norm, batch_stats)
 
-        def updated() -> tuple[Any, Any, Any]:
-            updates, opt_state = training.optimizer.update(grads, state.opt_state, state.params)
-            return loss.bound(optax.apply_updates(state.params, updates)), opt_state, batch_stats
+        def updated() -> tuple[Any, Any, Any, Any]:
+            updates, opt_state = training.optimizer.update(grads, state.opt_state, trained)
+            new = loss.bound(optax.apply_updates(trained, updates))
+            ema = optax.incremental_update(new, state.ema, 1 - training.ema_decay) if training.ema_decay else {}
+            return new, opt_state, batch_stats or state.batch_stats, ema
 
         # A branch, because choosing between the old and the new leaf by leaf would read and write them once more.
-        kept = state.params, state.opt_state, state.batch_stats
-        params, opt_state, batch_stats = jax.lax.cond(accepted, updated, lambda: kept)
+        kept = trained, state.opt_state, state.batch_stats, state.ema
+        trained, opt_state, batch_stats, ema = jax.lax.cond(accepted, updated, lambda: kept)
         guard = advance(state.guard, accepted, value, grad_norm)
+        params = merge(trained, frozen)
         metrics = {
             "loss": value,
             "logit_scale": params["logit_scale"],
@@ -58,7 +75,7 @@ def make_train_step(training: Training) -> Jitted:
             "skipped": guard.skipped,
             "skipped_in_a_row": guard.skipped_in_a_row,
         }
-        return TrainState(state.step + 1, params, batch_stats, opt_state, guard), metrics
+        return TrainState(state.step + 1, params, batch_stats, opt_state, guard, ema), metrics
 
     shardings = state_shardings(training)
     return partitioner.jit(
@@ -76,20 +93,23 @@ def encode(
     tokens: Int[Array, "batch length"],
     microbatches: int,
     partitioner: Partitioner,
+    train: bool = True,
+    patches: Int[Array, "batch kept"] | None = None,
 ) -> tuple[Float[Array, "batch embed_dim"], Float[Array, "batch embed_dim"], Any]:
-    """Normalised features of both towers, and the new running statistics of BatchNorm ({} for a ViT).
+    """Normalised features of both towers, and the new running statistics of BatchNorm ({} if there are none).
 
     With several micro-batches, each device encodes its share of the batch piece by piece, keeping nothing but the
     features; the backward pass encodes each piece again. BatchNorm then normalises each micro-batch (over all
-    devices) by its own statistics, and the running ones move once a step, by the mean over micro-batches.
+    devices) by its own statistics, and the running ones move once a step, by the mean over micro-batches. Without
+    `train` it normalises by the running ones, and there are no new ones. Of the images it sees `patches`, or all.
     """
 
-    def encode_piece(variables: Mapping[str, Any], piece: tuple[Array, Array]) -> tuple[tuple[Array, Array], Any]:
-        images, tokens = piece
+    def encode_piece(variables: Mapping[str, Any], piece: tuple[Any, ...]) -> tuple[tuple[Array, Array], Any]:
+        images, tokens, patches = piece
         # Images travel to the device as bytes and become the model's floats there.
         images = Preprocess.from_config(model.config).normalize(images, model.execution.wide_dtype)
         image_features, updated = model.apply(
-            variables, images, train=True, method=model.encode_image, mutable=["batch_stats"]
+            variables, images, train, patches, method=model.encode_image, mutable=["batch_stats"] if train else []
         )
         text_features = model.apply(variables, tokens, method=model.encode_text)
         dtype = model.execution.compute_dtype
@@ -97,17 +117,36 @@ def encode(
         return features, updated.get("batch_stats", {})
 
     if microbatches == 1:
-        (image_features, text_features), batch_stats = encode_piece(variables, (images, tokens))
+        (image_features, text_features), batch_stats = encode_piece(variables, (images, tokens, patches))
         return image_features, text_features, batch_stats
 
-    def scan_body(_: None, piece: tuple[Array, Array]) -> tuple[None, Any]:
+    def scan_body(_: None, piece: tuple[Any, ...]) -> tuple[None, Any]:
         return None, jax.checkpoint(encode_piece, prevent_cse=False)(variables, piece)
 
     shards = partitioner.batch_shards
-    pieces = tuple(_split(x, microbatches, shards) for x in (images, tokens))
+    pieces = jax.tree.map(lambda x: _split(x, microbatches, shards), (images, tokens, patches))
     _, (features, batch_stats) = jax.lax.scan(scan_body, None, pieces)
     image_features, text_features = (_join(x, shards) for x in features)
     return image_features, text_features, jax.tree.map(lambda x: x.mean(axis=0), batch_stats)
+
+
+def kept_patches(training: Training, step: Int[Array, ""], batch: int) -> Int[Array, "batch kept"] | None:
+    """The patches of each image that a ViT sees in a step, by their numbers; None for all.
+
+    FLIP (arXiv 2212.00794): a random share of the patches of an image is left out, which costs little accuracy and
+    saves as much of the image tower. What is left out is a function of seed and step, on any mesh.
+    """
+    if not training.patch_dropout:
+        return None
+    vision = training.model.config.vision
+    key = jax.random.fold_in(jax.random.key(training.seed), step)
+    order = jnp.argsort(jax.random.uniform(key, (batch, vision.tokens - 1)), axis=1)
+    return order[:, : patches_kept(vision, training.patch_dropout)]
+
+
+def patches_kept(config: VisionTransformerConfig, patch_dropout: float) -> int:
+    """How many patches of an image a ViT sees in training."""
+    return max(1, int((config.tokens - 1) * (1 - patch_dropout)))
 
 
 def _split(x: Array, microbatches: int, shards: int) -> Array:

@@ -5,7 +5,6 @@ then (1 % of a gradient) and grows from step to step, so it is followed for as l
 """
 
 import dataclasses
-import math
 from typing import NamedTuple
 
 import jax
@@ -13,7 +12,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from flax.traverse_util import flatten_dict
 
 from clip_jax.models import CLIP, Execution
 from clip_jax.parallel import MeshConfig, make_partitioner
@@ -22,10 +20,9 @@ from clip_jax.training.guard import initial_guard
 from clip_jax.training.optimizer import OptimizerConfig, make_optimizer
 from clip_jax.training.state import Training, TrainState
 from clip_jax.training.step import make_train_step
-from clip_jax.weights.verify import random_inputs
-from tests.reference_models import ODD_RESNET, ODD_VIT, in_float64, random_openai_model, variables_of
+from tests.reference_models import ODD_RESNET, ODD_VIT, variables_of
+from tests.reference_training import STEPS, batches, check, learning_rate, reference_loss, reference_model
 
-STEPS, BATCH = 50, 8
 CONFIGS = {
     "vit": ODD_VIT,
     # Fewer pixels and blocks: XLA's convolutions in float64 are plain loops.
@@ -74,43 +71,14 @@ def test_float32_follows(reference):
     check(ours.statistics, expected.statistics, 1e-5)
 
 
-def check(ours, expected, tolerance):
-    """Every leaf, relative to its largest value."""
-    expected, ours = flatten_dict(expected, sep="/"), flatten_dict(ours, sep="/")
-    assert ours.keys() == expected.keys()
-    largest = max((np.abs(leaf).max() for leaf in expected.values()), default=0.0)
-    for path, leaf in expected.items():
-        # The gradient of a key's bias is zero in exact arithmetic (softmax ignores it): only rounding is left.
-        ignored = path.endswith(("key/bias", "k_proj/bias")) and np.abs(leaf).max() < 1e-9 * largest
-        scale = largest if ignored else np.abs(leaf).max()
-        assert scale > 0, path
-        np.testing.assert_allclose(ours[path], leaf, rtol=0, atol=tolerance * scale, err_msg=path)
-
-
-def batches(config):
-    """uint8 images and int32 tokens, anew for every step."""
-    for seed in range(STEPS):
-        images, tokens = random_inputs(config, BATCH, seed)
-        yield np.clip(128 + 64 * images, 0, 255).astype(np.uint8), tokens
-
-
-def reference_model(config):
-    """OpenAI's class, trainable, in training mode, at the temperature at which training starts."""
-    model = random_openai_model(config, training=True).requires_grad_(True)
-    model.logit_scale.data.fill_(math.log(1 / 0.07))
-    return in_float64(model)
-
-
 def reference_run(name):
     config, settings = CONFIGS[name], SETTINGS[name]
     model = reference_model(config)
     adamw, losses = reference_adamw(model, settings), []
     preprocess = Preprocess.from_config(config)
     for step, (images, tokens) in enumerate(batches(config), start=1):
-        warm = min(step / settings.warmup_steps, 1.0)
-        progress = max(step - settings.warmup_steps, 0) / (STEPS - settings.warmup_steps)
         for group in adamw.param_groups:
-            group["lr"] = settings.learning_rate * warm * (1 + math.cos(math.pi * progress)) / 2
+            group["lr"] = learning_rate(settings, step)
         adamw.zero_grad()
         loss = reference_loss(model, preprocess.normalize(images, np.float64), tokens)
         loss.backward()
@@ -120,13 +88,6 @@ def reference_run(name):
         adamw.step()
         losses.append(loss.item())
     return Run(losses, first["params"], first.get("batch_stats", {}), variables_of(model.state_dict(), config))
-
-
-def reference_loss(model, images, tokens):
-    logits, transposed = model(torch.from_numpy(images).permute(0, 3, 1, 2), torch.from_numpy(tokens).long())
-    labels = torch.arange(len(images))
-    cross_entropy = torch.nn.functional.cross_entropy
-    return (cross_entropy(logits, labels) + cross_entropy(transposed, labels)) / 2
 
 
 def reference_adamw(model, settings):

@@ -1,13 +1,16 @@
 """The analytic FLOP count against the products and convolutions that a trace of the model holds."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.extend.core import jaxprs_in_params
 
-from clip_jax.models import CLIP, OPENAI_MODELS
+from clip_jax.models import CLIP, OPENAI_MODELS, variable_shapes
 from clip_jax.planner.flops import forward_flops, train_flops
+from clip_jax.training.config import RunConfig
 from tests import tiny
 
 
@@ -47,4 +50,22 @@ def test_agrees_with_published_counts(name, published):
 
 def test_training_costs_three_forward_passes_and_the_similarities():
     config = OPENAI_MODELS["ViT-B/32"]
-    assert train_flops(config, 1000) == 3 * forward_flops(config) + 6 * 1000 * config.embed_dim
+    assert (
+        train_flops(RunConfig("x", config, batch_size=1000)) == 3 * forward_flops(config) + 6 * 1000 * config.embed_dim
+    )
+
+
+def test_what_is_frozen_and_what_is_not_seen_costs_less():
+    def traced(method, *inputs):
+        model = CLIP(tiny.VIT)
+        jaxpr = jax.make_jaxpr(lambda variables: model.apply(variables, *inputs, method=method))
+        return traced_flops(jaxpr(variable_shapes(tiny.VIT)).jaxpr)
+
+    images, half = jnp.zeros((1, 32, 32, 3)), jnp.arange(8)[None]
+    image, text = traced(CLIP.encode_image, images), traced(CLIP.encode_text, jnp.zeros((1, 16), jnp.int32))
+    run, row = RunConfig("x", tiny.VIT, batch_size=1000), 2 * 1000 * tiny.VIT.embed_dim
+    assert train_flops(run) == 3 * (image + text + row)
+    frozen = replace(run, optimizer=replace(run.optimizer, frozen=("visual/*",)))
+    assert train_flops(frozen) == image + 3 * text + 2 * row
+    dropped = traced(CLIP.encode_image, images, True, half)
+    assert train_flops(replace(run, patch_dropout=0.5)) == 3 * (dropped + text + row)

@@ -13,9 +13,11 @@ from jax.extend.core import jaxprs_in_params
 
 from clip_jax.errors import UserError
 from clip_jax.losses import LOSSES
-from clip_jax.models import CLIP, Execution, abstract_inputs, transformer
+from clip_jax.models import CLIP, Execution, abstract_inputs, normalize, transformer
 from clip_jax.parallel import MeshConfig, make_partitioner
 from clip_jax.planner.hlo import parse
+from clip_jax.processing import Preprocess
+from clip_jax.training.config import RunConfig, make_training
 from clip_jax.training.loop import to_devices
 from clip_jax.training.optimizer import OptimizerConfig, make_optimizer
 from clip_jax.training.state import Training, abstract_state, abstract_variables, initial_state
@@ -269,3 +271,26 @@ def test_the_state_is_born_sharded():
     for tree in (state.params, moments.mu, moments.nu):
         leaf = functools.reduce(lambda node, key: node[key], kernel, tree)
         assert leaf.addressable_shards[0].data.shape == (2, 64 // 2, 256 // 2)
+
+
+def test_running_statistics_are_used_and_stay():
+    model, partitioner = CLIP(tiny.RESNET), over(1, 1, 1)
+    variables, batch = jax.tree.map(jnp.asarray, tiny.variables(tiny.RESNET)), tiny.batch(tiny.RESNET, 6)
+
+    @jax.jit
+    def encoded(images, texts):
+        return encode(model, variables, images, texts, 3, partitioner, train=False)
+
+    def alone(images):
+        images = Preprocess.from_config(tiny.RESNET).normalize(images, jnp.float32)
+        return normalize(model.apply(variables, images, method=model.encode_image))
+
+    features, _, statistics = encoded(batch["image"], batch["text"])
+    assert not statistics
+    np.testing.assert_allclose(features, jax.jit(alone)(batch["image"]), atol=1e-5)
+
+
+def test_a_frozen_tower_has_no_statistics_of_its_batch():
+    config = RunConfig("x", tiny.RESNET, optimizer=dataclasses.replace(OPTIMIZER, frozen=("visual/*",)))
+    assert make_training(config).running_statistics
+    assert not make_training(dataclasses.replace(config, optimizer=OPTIMIZER)).running_statistics
