@@ -35,6 +35,9 @@ test: $(VENV)/installed-test  ## lint and the test suite (about 12 minutes on 2 
 test-slow: $(VENV)/installed-test  ## the longer tests: all nine models at full size, more texts, more mutations
 	$(BIN)/python -m pytest -m slow
 
+test-reliability: $(VENV)/installed-test  ## runs that are killed at every moment, on a full disk, in a bucket: about 25 minutes
+	$(BIN)/python -m pytest -n 0 -m "slow or not slow" tests/reliability
+
 test-network: $(VENV)/installed-test  ## OpenAI's published values with the real weights (downloads gigabytes)
 	$(BIN)/python -m pytest -m network
 

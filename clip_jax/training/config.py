@@ -53,7 +53,7 @@ class RunConfig:
     )
     patch_dropout: float = option(0.0, "share of an image's patches that training leaves out at random; 0.5 in FLIP")
     ema_decay: float = option(0.0, "of a moving average of the weights, kept beside them; 0 keeps none")
-    mesh: MeshConfig = option(MeshConfig(), "devices of a slice along each axis")
+    mesh: MeshConfig = option(MeshConfig(), "devices of a slice along each axis", may_change=True)
     log_every: int = option(100, "steps between lines of metrics", may_change=True)
     eval_every: int = option(10_000, "steps between evaluations", may_change=True)
     checkpoint_every: int = option(5_000, "steps between checkpoints", may_change=True)

@@ -30,24 +30,25 @@ def live(workdir, **order):
 
 
 def outcome(workdir):
-    """What a finished run has left: every array, every line of metrics without times, every batch that it saw."""
+    """What a finished run has left: every array, every line of metrics without times, every sample that it saw."""
     folder = epath.Path(workdir) / "checkpoints" / str(STEPS)
     items = ["variables", *(name for name in _rest_names() if (folder / name).is_dir())]
     arrays = jax.tree_util.tree_leaves_with_path({name: _read_arrays(folder / name) for name in items})
     lines = [{key: value for key, value in line.items() if key not in TIMES} for line in read_metrics(workdir)]
-    batches = {}
-    for file in sorted(Path(workdir).glob("batches-*.log")):
+    samples = {}
+    for file in Path(workdir).glob("batches-*.log"):
         for line in file.read_text().splitlines():
-            batches.setdefault(f"{file.name} {line.split()[0]}", set()).add(line.split()[1])
-    return {jax.tree_util.keystr(path): array for path, array in arrays}, lines, batches
+            step, row, checksum = line.split()
+            samples.setdefault((int(step), int(row)), set()).add(checksum)
+    return {jax.tree_util.keystr(path): array for path, array in arrays}, lines, samples
 
 
 def assert_same(workdir, undisturbed):
-    arrays, lines, batches = outcome(workdir)
-    expected_arrays, expected_lines, expected_batches = undisturbed
+    arrays, lines, samples = outcome(workdir)
+    expected_arrays, expected_lines, expected_samples = undisturbed
     assert arrays.keys() == expected_arrays.keys()
     for path, array in arrays.items():
         np.testing.assert_array_equal(array.view(np.uint32), expected_arrays[path].view(np.uint32), err_msg=path)
     assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
     assert lines == expected_lines
-    assert batches == expected_batches  # a step that was taken twice saw the same batch
+    assert samples == expected_samples  # a step that was taken twice saw the same batch

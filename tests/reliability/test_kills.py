@@ -6,6 +6,7 @@ The long form, which also kills at random times and one of two processes: `make 
 import random
 import shutil
 import signal
+import subprocess
 import time
 
 import pytest
@@ -47,7 +48,7 @@ def test_killed_while_it_saves_and_stopped_by_signals(undisturbed, tmp_path):
 def test_killed_at_a_moment(undisturbed, tmp_path, moment):
     """Twice at the same moment of a life, the second time where there is something to restore."""
     later = 4 if moment == "batch" else 1
-    lives = [live(tmp_path, config={"keep_checkpoints": 1})] if moment == "never" else []
+    lives = []
     for count in (later, later):
         code, said = live(tmp_path, kill=moment, count=count, config={"keep_checkpoints": 1})
         lives.append(code)
@@ -87,14 +88,16 @@ def test_ended_at_random_times(undisturbed, tmp_path, name, times):
     assert ended >= times
 
 
+def together(workdir, **order):
+    """A life of two processes, of which the second one is told to end; returns both exit codes and what they said."""
+    where = {"processes": 2, "devices": 4, "coordinator": free_address()}
+    processes = [begin(workdir, index=index, **where, **(order if index == 1 else {})) for index in range(2)]
+    said = [process.communicate(timeout=500)[1] for process in processes]
+    return [process.returncode for process in processes], said
+
+
 @pytest.mark.slow
 def test_one_of_two_processes_is_killed(tmp_path):
-    def together(workdir, **order):
-        where = {"processes": 2, "devices": 4, "coordinator": free_address()}
-        processes = [begin(workdir, index=index, **where, **(order if index == 1 else {})) for index in range(2)]
-        said = [process.communicate(timeout=500)[1] for process in processes]
-        return [process.returncode for process in processes], said
-
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     whole.mkdir()
     killed.mkdir()
@@ -108,3 +111,40 @@ def test_one_of_two_processes_is_killed(tmp_path):
     codes, said = together(killed)
     assert codes == [0, 0], said
     assert_same(killed, outcome(whole))
+
+
+@pytest.mark.slow
+def test_moved_to_other_numbers_of_devices_and_processes(undisturbed, tmp_path):
+    """Each life takes two steps and is stopped by SIGTERM."""
+    stopped = {"kill": "batch", "count": 2, "signal": "SIGTERM"}
+    for devices in (8, 4, 2, 8):
+        code, said = live(tmp_path, devices=devices, **stopped)
+        assert code == 128 + signal.SIGTERM, said
+    codes, said = together(tmp_path, **stopped)
+    assert codes == [128 + signal.SIGTERM] * 2, said
+    code, said = live(tmp_path)
+    assert code == 0, said
+    _, lines, samples = outcome(tmp_path)
+    _, expected, expected_samples = undisturbed[0]
+    assert samples == expected_samples
+    assert [line["step"] for line in lines] == [line["step"] for line in expected]
+    for line, other in zip(lines, expected, strict=True):
+        assert line["loss"] == pytest.approx(other["loss"], rel=1e-4)
+
+
+@pytest.mark.slow
+def test_a_full_disk_is_one_line_and_costs_nothing(undisturbed, tmp_path):
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=60m", "tmpfs", tmp_path], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("mounting needs root")
+    try:
+        code, said = live(tmp_path)
+        assert code == 1, said
+        (error,) = [line for line in said.splitlines() if line.startswith("error: ")]
+        assert "No space left on device" in error and "is safe" in error and "Traceback" not in said
+        subprocess.run(["mount", "-o", "remount,size=500m", tmp_path], check=True)
+        code, said = live(tmp_path)
+        assert code == 0, said
+        assert_same(tmp_path, undisturbed[0])
+    finally:
+        subprocess.run(["umount", tmp_path], check=True)

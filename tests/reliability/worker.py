@@ -53,20 +53,21 @@ def end(order: dict) -> None:
 
 
 class LoggedBatches(TrainBatches):
-    """Appends "STEP CHECKSUM" of each batch to batches-PROCESS.log."""
+    """Appends "STEP ROW CHECKSUM" of each sample to batches-PROCESS.log."""
 
     folder = ""
 
     def __init__(self, reader, config, start_step, process_index, process_count):
         super().__init__(reader, config, start_step, process_index, process_count)
-        self._number, self._log = start_step, f"{self.folder}/batches-{process_index}.log"
+        self._number, self._process = start_step, process_index
 
     def __next__(self):
         batch = super().__next__()
         self._number += 1
-        checksum = zlib.crc32(batch["text"].tobytes(), zlib.crc32(batch["image"].tobytes()))
-        with open(self._log, "a") as file:
-            file.write(f"{self._number} {checksum:08x}\n")
+        first = self._process * len(batch["image"])
+        with open(f"{self.folder}/batches-{self._process}.log", "a") as file:
+            for row, (image, text) in enumerate(zip(batch["image"], batch["text"], strict=True), first):
+                file.write(f"{self._number} {row} {zlib.crc32(text.tobytes(), zlib.crc32(image.tobytes())):08x}\n")
         return batch
 
 
