@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 DEMO := runs/demo
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo_rn test test-slow test-network lint clean
+.PHONY: help demo demo_rn test test-slow test-reliability test-network lint clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+[a-z_]*:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z_-]+):[^#]*## */  make \1\t/' | expand -t 22
@@ -33,7 +33,7 @@ test: $(VENV)/installed-test  ## lint and the test suite (about 12 minutes on 2 
 	$(BIN)/python -m pytest
 
 test-slow: $(VENV)/installed-test  ## the longer tests: all nine models at full size, more texts, more mutations
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m slow --ignore tests/reliability
 
 test-reliability: $(VENV)/installed-test  ## runs that are killed at every moment, on a full disk, in a bucket: about 25 minutes
 	$(BIN)/python -m pytest -n 0 -m "slow or not slow" tests/reliability

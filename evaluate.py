@@ -115,7 +115,9 @@ def evaluate(flags: argparse.Namespace, config: Any, weights: str) -> int:
     for name in names:
         with tolerated(name, names, failed):
             dataset = together(partial(evaluation_set, name, access, class_names, templates))
-            jobs += [(task, dataset) for task in together(partial(chosen_tasks, dataset, names_in(flags.tasks)))]
+            for asked in [[task] for task in names_in(flags.tasks)] or [[]]:
+                with tolerated(name, names, failed):
+                    jobs += [(task, dataset) for task in together(partial(chosen_tasks, dataset, asked))]
     if not jobs:
         return 1
     make_parents(flags)

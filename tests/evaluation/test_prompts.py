@@ -176,6 +176,16 @@ def test_one_broken_set_of_several_is_reported_and_the_others_run(weights, tmp_p
             evaluate.main([*command, name])
 
 
+def test_a_task_that_does_not_suit_a_set_does_not_cost_the_others(weights, tmp_path, capsys):
+    """A class folder has no training split, which a linear probe needs."""
+    sets = [write_classes(tmp_path / name, ("cat", "dog")) for name in ("one", "other")]
+    command = ["--weights", weights, "--output", str(tmp_path / "o.json"), "--tasks", "zeroshot,linear_probe"]
+    assert evaluate.main([*command, "--datasets", ",".join(sets)]) == 1
+    rows = json.loads((tmp_path / "o.json").read_text())
+    assert [(row["dataset"], row["task"]) for row in rows] == [(name, "zeroshot_classification") for name in sets]
+    assert capsys.readouterr().err.count("which linear_probe needs") == 2
+
+
 def test_prompts_of_all_sets_are_checked_before_anything_is_computed(weights, tmp_path, monkeypatch, capsys):
     def compute(*_):
         raise UserError("computed")
