@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from clip_jax import cli
 from clip_jax.errors import UserError
-from clip_jax.training.checkpoints import verify
+from clip_jax.training.step_folder import verify
 from clip_jax.workdir import CHECKPOINTS, absolute
 
 

@@ -1,19 +1,12 @@
-"""Checkpoints of a run: model folders under WORKDIR/checkpoints with the training state beside the model.
+"""The checkpoints of a run, under WORKDIR/checkpoints (step_folder.py says what each holds).
 
-  STEP/description, STEP/variables   the model (clip_jax/model_folder.py)
-  STEP/opt_state                     the rest of the state that the next step needs, an item each
-  STEP/run/run.json                  step, configuration, versions, and the digests of the rest of the state
-  STEP/files.json                    all files, with their checksums (manifest.py)
-
-A checkpoint that is damaged is set aside in WORKDIR/damaged, and the one before it used.
+One that is damaged is set aside in WORKDIR/damaged, and the one before it used.
 """
 
-import importlib.metadata
-import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -24,22 +17,19 @@ from etils import epath
 from jaxtyping import Array, Bool
 
 from clip_jax import model_folder
-from clip_jax.digests import digest, digests
+from clip_jax.digests import digests
 from clip_jax.distributed import on_first_process, refused_by_any
 from clip_jax.errors import DamagedFile, RunStopped, UserError
 from clip_jax.model_folder import VARIABLES
-from clip_jax.options import to_dict
-from clip_jax.sealed_json import check_seal, read_object, sealed
 from clip_jax.training.config import RunConfig
-from clip_jax.training.manifest import MANIFEST, check_manifest, file_names, write_manifest
+from clip_jax.training.manifest import check_manifest, file_names, write_manifest
 from clip_jax.training.state import TrainState
+from clip_jax.training.step_folder import RUN, RUN_FILE, check_rest, description_of, is_listed, rest_names, rest_of
 from clip_jax.workdir import CHECKPOINTS, absolute, best_step
 
 logger = logging.getLogger(__name__)
 
 DAMAGED = "damaged"
-RUN, RUN_FILE, _VERSION = "run", "run.json", 1
-_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint")
 # What Orbax, TensorStore and file systems raise.
 _STORAGE_ERRORS = (OSError, ValueError, RuntimeError)
 
@@ -57,7 +47,7 @@ class Checkpoints:
 
     def _open(self) -> ocp.CheckpointManager:
         keep = _Keep(self._workdir, self._config.keep_checkpoints, self._config.keep_every)
-        rest = {name: ocp.StandardCheckpointHandler() for name in _rest_names()}
+        rest = {name: ocp.StandardCheckpointHandler() for name in rest_names()}
         options = ocp.CheckpointManagerOptions(
             preservation_policy=keep,
             cleanup_tmp_directories=True,
@@ -81,11 +71,11 @@ class Checkpoints:
         if not _is_finite(state):
             logger.warning("step %d is not saved: it has numbers that are not finite", step)
             return
-        rest = _rest(state)
+        rest = rest_of(state)
         items = {
             **model_folder.items(self._config.model, state.variables, digests(state.variables)),
             **{name: ocp.args.StandardSave(value) for name, value in rest.items()},
-            RUN: ocp.args.JsonSave(_description(step, self._config, digests(rest))),
+            RUN: ocp.args.JsonSave(description_of(step, self._config, digests(rest))),
         }
         with self._storage("write"):
             self._manager.wait_until_finished()
@@ -140,16 +130,16 @@ class Checkpoints:
 
     def _restore(self, step: int, like: TrainState) -> TrainState:
         folder = self._folder / str(step)
-        listed = _is_listed(folder)
+        listed = is_listed(folder)
         with self._storage("read"), _together(folder):
             if listed:
                 check_manifest(folder, jax.process_index(), jax.process_count())
-        rest = {name: value for name, value in _rest(like).items() if (folder / name).is_dir()}
+        rest = {name: value for name, value in rest_of(like).items() if (folder / name).is_dir()}
         with _together(folder):
             restored = self._arrays(step, like.variables, rest, listed)
         with _together(folder):
             model_folder.check_digests(folder, restored[VARIABLES])
-            _check_rest(folder, step, digests({name: restored[name] for name in rest}))
+            check_rest(folder, step, digests({name: restored[name] for name in rest}))
         variables = restored.pop(VARIABLES)
         return like.replace(
             step=jax.device_put(np.int32(step), like.step.sharding),
@@ -204,95 +194,6 @@ class Checkpoints:
                 f"cannot {verb} a checkpoint in {self._folder}: {_shortened(error)}; {safe}; "
                 "mend that, and run the same command again to go on"
             ) from error
-
-
-def config_of_newest(workdir: epath.PathLike) -> dict[str, Any] | None:
-    """The configuration in the newest checkpoint that has a readable one; None if there is none."""
-    folder = absolute(workdir) / CHECKPOINTS
-    for step in sorted(ocp.utils.checkpoint_steps(folder), reverse=True) if folder.is_dir() else []:
-        try:
-            return read_description(folder / str(step))["config"]
-        except DamagedFile:
-            continue
-    return None
-
-
-def has_checkpoint(workdir: epath.PathLike) -> bool:
-    """Whether `workdir` holds a complete checkpoint."""
-    folder = absolute(workdir) / CHECKPOINTS
-    return folder.is_dir() and bool(ocp.utils.checkpoint_steps(folder))
-
-
-def read_description(folder: epath.Path) -> dict[str, Any]:
-    """What run.json of a checkpoint says: version, step, config, made_with, digests.
-
-    Raises:
-      DamagedFile: it is missing or damaged.
-    """
-    file = folder / RUN / RUN_FILE
-    values = read_object(file)
-    check_seal(values, file)
-    return values
-
-
-def verify(folder: epath.Path) -> None:
-    """Compare a checkpoint's files and arrays with what was written, on this host alone.
-
-    Raises:
-      DamagedFile: a file or an array is missing or altered; the message names it.
-      UserError: its model is not usable.
-    """
-    if _is_listed(folder):
-        check_manifest(folder)
-    model_folder.read(folder)
-    rest = {name: _read_arrays(folder / name) for name in _rest_names() if (folder / name).is_dir()}
-    paths = jax.tree_util.tree_leaves_with_path(rest)
-    found = {jax.tree_util.keystr(path, simple=True, separator="/"): digest(array) for path, array in paths}
-    _check_rest(folder, int(folder.name), found)
-
-
-def _is_listed(folder: epath.Path) -> bool:
-    """Whether a checkpoint is of a version that lists its files and the digests of all arrays."""
-    return (folder / MANIFEST).exists() or (folder / RUN).exists()
-
-
-def _read_arrays(folder: epath.Path) -> Any:
-    handler = ocp.PyTreeCheckpointHandler()
-    try:
-        tree = handler.metadata(folder).tree
-        as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
-        return handler.restore(folder, args=ocp.args.PyTreeRestore(restore_args=as_numpy))
-    except Exception as error:
-        raise DamagedFile(model_folder.damage(folder, error)) from error
-
-
-def _check_rest(folder: epath.Path, step: int, found: Mapping[str, str]) -> None:
-    """Compare the digests of the rest of the state with those that were written."""
-    if not _is_listed(folder):
-        return
-    written = read_description(folder)
-    if written["step"] != step:
-        raise DamagedFile(f"{folder} is damaged: it is the checkpoint of step {written['step']}")
-    altered = sorted(path for path, value in found.items() if written["digests"].get(path) != value)
-    missing = sorted(written["digests"].keys() - found.keys())
-    if altered or missing:
-        raise DamagedFile(f"{folder} is damaged: {(altered + missing)[0]} is not what was written")
-
-
-def _description(step: int, config: RunConfig, digests: Mapping[str, str]) -> dict[str, Any]:
-    made_with = {name: importlib.metadata.version(name) for name in _PACKAGES}
-    config = json.loads(json.dumps(to_dict(config)))  # as it will be read
-    return sealed({"version": _VERSION, "step": step, "config": config, "made_with": made_with, "digests": digests})
-
-
-def _rest_names() -> list[str]:
-    """The fields of the state that are neither the model nor the step."""
-    return [item.name for item in fields(TrainState) if item.name not in ("step", "params", "batch_stats")]
-
-
-def _rest(state: TrainState) -> dict[str, Any]:
-    rest = {name: getattr(state, name) for name in _rest_names()}
-    return {name: value for name, value in rest.items() if jax.tree.leaves(value)}
 
 
 @contextmanager

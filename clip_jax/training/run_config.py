@@ -11,7 +11,7 @@ from etils import epath
 from clip_jax.errors import DamagedFile, UserError
 from clip_jax.model_folder import DESCRIPTION, VARIABLES
 from clip_jax.sealed_json import read_object
-from clip_jax.training.checkpoints import config_of_newest, has_checkpoint
+from clip_jax.training.step_folder import config_of_newest, has_checkpoint
 from clip_jax.workdir import BEST, RUN_CONFIG, absolute, write_whole
 
 logger = logging.getLogger(__name__)

@@ -7,8 +7,8 @@ import jax
 import numpy as np
 from etils import epath
 
-from clip_jax.training.checkpoints import _read_arrays, _rest_names
 from clip_jax.training.clock import PHASES
+from clip_jax.training.step_folder import read_arrays, rest_names
 from clip_jax.workdir import read_metrics
 from tests.multiprocess.processes import start
 from tests.reliability.worker import STEPS
@@ -32,8 +32,8 @@ def live(workdir, **order):
 def outcome(workdir):
     """What a finished run has left: every array, every line of metrics without times, every sample that it saw."""
     folder = epath.Path(workdir) / "checkpoints" / str(STEPS)
-    items = ["variables", *(name for name in _rest_names() if (folder / name).is_dir())]
-    arrays = jax.tree_util.tree_leaves_with_path({name: _read_arrays(folder / name) for name in items})
+    items = ["variables", *(name for name in rest_names() if (folder / name).is_dir())]
+    arrays = jax.tree_util.tree_leaves_with_path({name: read_arrays(folder / name) for name in items})
     lines = [{key: value for key, value in line.items() if key not in TIMES} for line in read_metrics(workdir)]
     samples = {}
     for file in Path(workdir).glob("batches-*.log"):

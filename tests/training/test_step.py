@@ -60,9 +60,9 @@ def test_a_vit_learns_the_same_on_every_mesh(sizes):
 
 
 def test_a_resnet_normalises_over_the_global_batch():
-    # All collectives are over all devices here: XLA's CPU devices can lock each other out where the statistics'
-    # sums, over all, and the text tower's gathers, over pairs, are independent.
-    check_same_as_on_one_device(tiny.RESNET, (1, 8, 1))
+    # XLA's CPU devices can lock each other out in sums and gathers that are independent of each other: all are over the
+    # same devices here, which are half of those that there are threads for.
+    check_same_as_on_one_device(tiny.RESNET, (1, 4, 1))
 
 
 @pytest.mark.parametrize("sizes", [(1, 4, 1), (2, 2, 2)], ids=str)
