@@ -4,13 +4,14 @@
 
 Trains each config on one batch that lies on the devices already, by turns with the guard compiled in and the hooks
 `BadNumbers` and `Watch` and the clock around it, and with none of them; prints the fastest round of each (others of
-the machine's users slow some down) and writes them to benchmarks/results/reliability.md.
+the machine's users slow some down). Then saves a checkpoint of each. Writes both to benchmarks/results/reliability.md.
 """
 
 import argparse
+import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from itertools import repeat
 from pathlib import Path
 from unittest import mock
@@ -18,18 +19,24 @@ from unittest import mock
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 
 from benchmarks.machine import cpu
 from clip_jax.cli import load_config
+from clip_jax.digests import digests
 from clip_jax.platform import keep_libtpu_quiet
 from clip_jax.training import step as step_module
 from clip_jax.training.bad_numbers import BadNumbers
+from clip_jax.training.checkpoints import Checkpoints, is_finite
 from clip_jax.training.clock import Clock
 from clip_jax.training.config import RunConfig, make_training
 from clip_jax.training.loop import to_devices, train
+from clip_jax.training.manifest import file_names, write_manifest
 from clip_jax.training.state import Training, initial_state
 from clip_jax.training.step import make_train_step
+from clip_jax.training.step_folder import rest_of
 from clip_jax.training.watch import Watch
+from clip_jax.workdir import CHECKPOINTS
 
 RESULTS = Path(__file__).parent / "results" / "reliability.md"
 JOBS = ("demo:128:20", "vit_b32:16:2")
@@ -51,6 +58,13 @@ def main() -> None:
         "| config | batch | steps a round | ms a step, with none | with all | more |",
         "|---|---:|---:|---:|---:|---:|",
         *rows,
+        "",
+        "What a checkpoint costs: all of it, what the run waits for, in that the digests and the look for numbers that",
+        "are not finite, and in the background the list of files.",
+        "",
+        "| config | GiB | s in all | s waited | s for digests | of all | s for the list |",
+        "|---|---:|---:|---:|---:|---:|---:|",
+        *[saving_row(name) for name in ("demo", "vit_b32")],
     ]
     print("\n".join(lines))
     RESULTS.write_text("\n".join(lines) + "\n")
@@ -100,11 +114,36 @@ def in_a_watched_loop(state, train_step, batches, count):
     return train(state, train_step, batches, count, hooks, clock)
 
 
+def saving_row(name: str) -> str:
+    """One line of the table of what a checkpoint costs: the second of two, which compiles nothing."""
+    config = load_config(name)
+    state = initial_state(make_training(config), seed=0)
+    with tempfile.TemporaryDirectory() as workdir, closing(Checkpoints(workdir, config)) as checkpoints:
+        checkpoints.save(1, state)
+        checkpoints.wait()
+        blocked = seconds(lambda: checkpoints.save(2, state))
+        whole = blocked + seconds(checkpoints.wait)
+        folder = epath.Path(workdir) / CHECKPOINTS / "2"
+        listing = seconds(lambda: write_manifest(folder))
+        size = sum((folder / file).stat().length for file in file_names(folder)) / 2**30
+    checks = seconds(lambda: (digests(state.variables), digests(rest_of(state)), bool(is_finite(state))))
+    return (
+        f"| {name} | {size:.2f} | {whole:.2f} | {blocked:.2f} | {checks:.3f} | {checks / whole:.1%} | {listing:.2f} |"
+    )
+
+
+def seconds(action: Callable[[], object]) -> float:
+    """That an action takes."""
+    began = time.perf_counter()
+    action()
+    return time.perf_counter() - began
+
+
 @contextmanager
 def unguarded() -> Iterator[None]:
     """Train steps made within it accept everything unseen."""
     accept_all = mock.patch.object(step_module, "accepts", lambda *_: jnp.array(True))
-    with accept_all, mock.patch.object(step_module, "choose", lambda accepted, new, old: new):
+    with accept_all, mock.patch.object(jax.lax, "cond", lambda accepted, new, old: new()):
         yield
 
 

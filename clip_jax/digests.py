@@ -25,7 +25,7 @@ def digests(tree: Any) -> dict[str, str]:
 
 
 def digest(array: Num[np.ndarray, "..."]) -> str:
-    """The same of one array on the host."""
+    """The digest of one array on the host."""
     bits = np.ascontiguousarray(array).reshape(-1).view(_unsigned(array.dtype))
     total, scratch = 0, np.empty(_CHUNK, np.uint32)
     for start in range(0, len(bits), _CHUNK):

@@ -10,10 +10,12 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from clip_jax.errors import UserError
+from clip_jax.errors import DamagedFile, RunStopped, UserError
 from clip_jax.platform import on_tpu_host
 
 T = TypeVar("T")
+
+_KINDS = {kind.__name__: kind for kind in (UserError, DamagedFile, RunStopped)}
 
 
 def is_first() -> bool:
@@ -27,32 +29,31 @@ def together(action: Callable[[], T]) -> T:
     All processes must call this at the same place.
 
     Raises:
-      UserError: the action's own, or another process's, which says whose it is.
+      UserError, RunStopped: the action's own, or another process's, which says whose it is.
     """
     result, mistake = None, None
     try:
         result = action()
-    except UserError as error:
+    except (UserError, RunStopped) as error:
         mistake = error
     agree(mistake)
     return result
 
 
-def agree(mistake: UserError | None) -> None:
+def agree(mistake: UserError | RunStopped | None) -> None:
     """Raise on every process what is a mistake on any; all processes must call this at the same place.
 
     Args:
       mistake: this process's, if it has one.
 
     Raises:
-      UserError: `mistake`, or another process's, which says whose it is.
+      UserError, RunStopped: `mistake`, or one of another process's kind, which says whose it is.
     """
-    messages = of_every_process(None if mistake is None else str(mistake))
+    said = of_every_process(None if mistake is None else [type(mistake).__name__, str(mistake)])
     if mistake is not None:
         raise mistake
-    for process, message in enumerate(messages):
-        if message is not None:
-            raise UserError(f"process {process} refused to go on: {message}")
+    for process, (kind, message) in ((process, each) for process, each in enumerate(said) if each is not None):
+        raise _KINDS.get(kind, UserError)(f"process {process} refused to go on: {message}")
 
 
 def on_first_process(action: Callable[[], T]) -> T | None:
@@ -82,11 +83,6 @@ def bytes_of_every_process(content: bytes) -> list[bytes]:
     padded[: len(content)] = np.frombuffer(content, np.uint8)
     rows = multihost_utils.process_allgather(padded)
     return [row[:size].tobytes() for row, size in zip(rows, sizes, strict=True)]
-
-
-def refused_by_any(refuses: bool) -> bool:
-    """Whether any process refuses to go on; all must call this at the same place."""
-    return any(of_every_process(refuses))
 
 
 def sum_over_hosts(counts: Sequence[int]) -> list[int]:

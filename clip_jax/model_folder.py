@@ -16,7 +16,7 @@ from etils import epath
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from clip_jax import workdir
-from clip_jax.digests import digest, digests
+from clip_jax.digests import digest
 from clip_jax.errors import DamagedFile, UserError
 from clip_jax.models import CLIPConfig, variable_shapes
 from clip_jax.sealed_json import check_seal, read_object, sealed
@@ -120,15 +120,15 @@ def _open_array(folder: epath.Path, path: str) -> Any:
     return tensorstore.open({"driver": "zarr", "kvstore": store}, read=True)
 
 
-def check_digests(folder: epath.Path, variables: Any) -> None:
-    """Compare arrays that were restored onto devices with the folder's digests.
+def check_digests(folder: epath.Path, found: Mapping[str, str]) -> None:
+    """Compare digests of arrays that were restored onto devices with the folder's.
 
     Raises:
       UserError: an array is not what was written; the message names it.
     """
     if not (folder / DESCRIPTION).is_dir():
         return _check_not_lost(folder)
-    expected, found = _load(folder)["digests"], digests(variables)
+    expected = _load(folder)["digests"]
     altered = sorted(path for path in found.keys() | expected.keys() if found.get(path) != expected.get(path))
     if altered:
         raise DamagedFile(f"{folder} is damaged: {altered[0]} is not what was written; {_ADVICE}")

@@ -25,7 +25,11 @@ def read_object(file: epath.Path) -> dict[str, Any]:
       DamagedFile: there is none.
     """
     try:
-        values = json.loads(file.read_text() if file.stat().length <= MAX_BYTES else "")
+        if file.stat().length > MAX_BYTES:
+            raise DamagedFile(f"{file} is damaged: it is larger than {MAX_BYTES // 2**20} MiB")
+        values = json.loads(file.read_text())
+    except DamagedFile:
+        raise
     except (FileNotFoundError, ValueError, RecursionError) as error:
         raise DamagedFile(f"{file} is damaged ({type(error).__name__}: {error})") from error
     if not isinstance(values, dict):

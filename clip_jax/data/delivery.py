@@ -7,6 +7,7 @@ reads the same rows of every batch, and so its own blocks of the shards.
 import functools
 import os
 import shutil
+import signal
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -153,6 +154,8 @@ _batch_size: int
 def _begin(reader: TrainReader, batch_size: int) -> None:
     """Set a worker process up."""
     global _reader, _batch_size
+    # A scheduler may send it to all processes of a job; the parent needs us until it has saved, and then ends us.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     _reader, _batch_size = reader, batch_size
 
 

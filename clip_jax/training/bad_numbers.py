@@ -56,8 +56,8 @@ class BadNumbers(Hook):
         first = step.number - int(step.metrics["skipped_in_a_row"]) + 1
         where = self._report(first) if jax.process_index() == 0 else "process 0 says which samples they began with"
         raise RunStopped(
-            f"steps {first} to {step.number} were skipped for bad numbers, the last one for its {_why(step)}; the "
-            f"checkpoints hold finite numbers only; {where}; mend the data, or lower the learning rate in another run"
+            f"steps {first} to {step.number} were skipped for bad numbers, the last one for its {_why(step)}; what is "
+            f"saved is finite; {where}; mend the data, or lower the learning rate in another run"
         )
 
 

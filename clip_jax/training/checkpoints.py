@@ -5,8 +5,8 @@ One that is damaged is set aside in WORKDIR/damaged, and the one before it used.
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -18,20 +18,19 @@ from jaxtyping import Array, Bool
 
 from clip_jax import model_folder
 from clip_jax.digests import digests
-from clip_jax.distributed import on_first_process, refused_by_any
+from clip_jax.distributed import is_first, of_every_process, on_first_process, together
 from clip_jax.errors import DamagedFile, RunStopped, UserError
 from clip_jax.model_folder import VARIABLES
 from clip_jax.training.config import RunConfig
 from clip_jax.training.manifest import check_manifest, file_names, write_manifest
 from clip_jax.training.state import TrainState
 from clip_jax.training.step_folder import RUN, RUN_FILE, check_rest, description_of, is_listed, rest_names, rest_of
+from clip_jax.training.storage import storage
 from clip_jax.workdir import CHECKPOINTS, absolute, best_step
 
 logger = logging.getLogger(__name__)
 
 DAMAGED = "damaged"
-# What Orbax, TensorStore and file systems raise.
-_STORAGE_ERRORS = (OSError, ValueError, RuntimeError)
 
 
 class Checkpoints:
@@ -43,7 +42,8 @@ class Checkpoints:
     def __init__(self, workdir: epath.PathLike, config: RunConfig):
         self._workdir, self._config = absolute(workdir), config
         self._folder = self._workdir / CHECKPOINTS
-        self._manager, self._saving = self._open(), 0
+        with storage("open", self._folder):
+            self._manager, self._saving = self._open(), 0
 
     def _open(self) -> ocp.CheckpointManager:
         keep = _Keep(self._workdir, self._config.keep_checkpoints, self._config.keep_every)
@@ -68,7 +68,7 @@ class Checkpoints:
         """
         if step == self.latest_step():
             return
-        if not _is_finite(state):
+        if not is_finite(state):
             logger.warning("step %d is not saved: it has numbers that are not finite", step)
             return
         rest = rest_of(state)
@@ -77,7 +77,7 @@ class Checkpoints:
             **{name: ocp.args.StandardSave(value) for name, value in rest.items()},
             RUN: ocp.args.JsonSave(description_of(step, self._config, digests(rest))),
         }
-        with self._storage("write"):
+        with storage("write a checkpoint in", self._folder):
             self._manager.wait_until_finished()
             self._saving = step
             self._manager.save(step, args=ocp.args.Composite(**items))
@@ -92,7 +92,13 @@ class Checkpoints:
           UserError: the checkpoint is of another model.
           RunStopped: no checkpoint is whole, or none can be read.
         """
-        while (step := self.latest_step()) is not None:
+        while (step := of_every_process(self.latest_step())[0]) is not None:
+            try:
+                together(partial(self._check_files, step))
+            except DamagedFile as damage:
+                together(partial(self._confirm, step, damage))
+                self._set_aside(step, damage)
+                continue
             try:
                 return self._restore(step, like)
             except DamagedFile as damage:
@@ -110,7 +116,7 @@ class Checkpoints:
         Raises:
           RunStopped: one failed.
         """
-        with self._storage("write"):
+        with storage("write a checkpoint in", self._folder):
             self._manager.wait_until_finished()
 
     def close(self) -> None:
@@ -119,28 +125,50 @@ class Checkpoints:
         Raises:
           RunStopped: one failed.
         """
-        with self._storage("write"):
+        with storage("write a checkpoint in", self._folder):
             self._manager.close()
 
     def _list_files(self) -> None:
         """Orbax calls this in the background, when all is written and before it commits the checkpoint."""
-        if jax.process_index() == 0:
+        if is_first():
             unfinished = list(self._folder.glob(f"{self._saving}{ocp.utils.TMP_DIR_SUFFIX}*"))  # none in a bucket
             write_manifest(unfinished[0] if unfinished else self._folder / str(self._saving))
 
+    def _check_files(self, step: int) -> None:
+        """Compare this process's share of a checkpoint's files with their list."""
+        folder = self._folder / str(step)
+        with storage("read", folder):
+            if is_listed(folder):
+                check_manifest(folder, jax.process_index(), jax.process_count())
+
+    def _confirm(self, step: int, damage: DamagedFile) -> None:
+        """See that process 0, which would set the checkpoint aside, finds it damaged as well."""
+        if not is_first():
+            return
+        folder = self._folder / str(step)
+        try:
+            with storage("read", folder):
+                check_manifest(folder)
+        except DamagedFile:
+            return
+        raise RunStopped(
+            f"{damage}; but process 0 finds all files of {folder} whole: is the workdir shared by all hosts?"
+        )
+
     def _restore(self, step: int, like: TrainState) -> TrainState:
         folder = self._folder / str(step)
-        listed = is_listed(folder)
-        with self._storage("read"), _together(folder):
-            if listed:
-                check_manifest(folder, jax.process_index(), jax.process_count())
         rest = {name: value for name, value in rest_of(like).items() if (folder / name).is_dir()}
-        with _together(folder):
-            restored = self._arrays(step, like.variables, rest, listed)
-        with _together(folder):
-            model_folder.check_digests(folder, restored[VARIABLES])
-            check_rest(folder, step, digests({name: restored[name] for name in rest}))
+        restored = together(partial(self._arrays, step, like.variables, rest))
+        found = digests({name: restored[name] for name in rest})
         variables = restored.pop(VARIABLES)
+        model_digests = digests(variables)
+
+        def check() -> None:
+            with storage("read", folder):
+                model_folder.check_digests(folder, model_digests)
+                check_rest(folder, step, found)
+
+        together(check)
         return like.replace(
             step=jax.device_put(np.int32(step), like.step.sharding),
             params=variables["params"],
@@ -148,7 +176,7 @@ class Checkpoints:
             **restored,
         )
 
-    def _arrays(self, step: int, variables: Any, rest: Mapping[str, Any], listed: bool) -> dict[str, Any]:
+    def _arrays(self, step: int, variables: Any, rest: Mapping[str, Any]) -> dict[str, Any]:
         """The model's arrays and the rest, by item, onto the devices where those that are given are."""
         folder = self._folder / str(step)
         restore_args = ocp.checkpoint_utils.construct_restore_args(variables)
@@ -162,8 +190,10 @@ class Checkpoints:
         except UserError:
             raise
         except Exception as error:  # Orbax and TensorStore raise many types for missing, cut and altered files
-            if listed:  # all files are as they were written, so that is not why
-                raise
+            # All files of a list are as they were written, so that is not why; nor is it what is out of reach.
+            if is_listed(folder) or isinstance(error, PermissionError | TimeoutError | ConnectionError):
+                with storage("read", folder):
+                    raise
             raise DamagedFile(model_folder.damage(folder, error)) from error
 
     def _set_aside(self, step: int, damage: DamagedFile) -> None:
@@ -173,46 +203,17 @@ class Checkpoints:
 
         def move() -> None:
             free = next(path for path in _numbered(target) if not path.exists())
-            _move(self._folder / str(step), free)
+            with storage("set aside", self._folder / str(step)):
+                _move(self._folder / str(step), free)
             logger.warning("%s; set aside as %s, going back to the checkpoint before", damage, free)
 
-        with self._storage("set aside"):
-            on_first_process(move)
+        on_first_process(move)
         self._manager = self._open()
-
-    @contextmanager
-    def _storage(self, verb: str) -> Iterator[None]:
-        """What the disk or bucket refuses, as one line."""
-        try:
-            yield
-        except UserError:
-            raise
-        except _STORAGE_ERRORS as error:
-            steps = sorted(ocp.utils.checkpoint_steps(self._folder)) if self._folder.is_dir() else []
-            safe = f"step {steps[-1]} is safe" if steps else "none is there yet"
-            raise RunStopped(
-                f"cannot {verb} a checkpoint in {self._folder}: {_shortened(error)}; {safe}; "
-                "mend that, and run the same command again to go on"
-            ) from error
-
-
-@contextmanager
-def _together(folder: epath.Path) -> Iterator[None]:
-    """What one process finds damaged, all do."""
-    damage = None
-    try:
-        yield
-    except DamagedFile as error:
-        damage = error
-    if refused_by_any(damage is not None) and damage is None:
-        raise DamagedFile(f"{folder} is damaged, as another process says")
-    if damage is not None:
-        raise damage
 
 
 @dataclass(frozen=True)
 class _Keep:
-    """Orbax's question which checkpoints to keep, answered from the configuration and the workdir's metrics."""
+    """Tells Orbax which checkpoints to keep, by the configuration and the workdir's metrics."""
 
     workdir: epath.Path
     newest: int
@@ -243,7 +244,7 @@ def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
 
 
 @jax.jit
-def _is_finite(state: TrainState) -> Bool[Array, ""]:
+def is_finite(state: TrainState) -> Bool[Array, ""]:
     """Of the model and the optimizer's state; the guard uses NaN for what is not there yet."""
     leaves = jax.tree.leaves((state.params, state.batch_stats, state.opt_state, state.ema))
     return jnp.stack([jnp.isfinite(leaf).all() for leaf in leaves]).all()
@@ -267,9 +268,3 @@ def _numbered(path: epath.Path) -> Iterator[epath.Path]:
     while True:
         number += 1
         yield path.with_name(f"{path.name}.{number}")
-
-
-def _shortened(error: Exception) -> str:
-    """The end of the first line of an exception, where TensorStore says what the system said."""
-    line = str(error).strip().split("\n")[0].partition(" [os_error_code")[0] or type(error).__name__
-    return line if len(line) <= 200 else f"... {line[-200:]}"

@@ -134,11 +134,12 @@ class Save(Hook):
         if step.last or (self._due and not int(step.metrics["skipped_in_a_row"])):
             self._write(step)
 
-    def now(self, step: Step) -> None:
-        """Write a checkpoint and wait until it is complete."""
+    def now(self, step: Step) -> int | None:
+        """Write a checkpoint and wait until it is complete; returns the newest step that is saved, None without one."""
         self._write(step)
         with self._clock.during(CHECKPOINT):
             self._checkpoints.wait()
+        return self._checkpoints.latest_step()
 
     def _write(self, step: Step) -> None:
         self._due = False

@@ -18,6 +18,7 @@ import tensorstore
 from etils import epath
 
 from clip_jax.errors import RunStopped, UserError
+from clip_jax.training.storage import storage
 from clip_jax.workdir import absolute
 
 logger = logging.getLogger(__name__)
@@ -64,10 +65,11 @@ class Lock:
 
     def __init__(self, workdir: epath.PathLike, renewal: float = RENEWAL, patience: float = PATIENCE):
         self._workdir, self._renewal = str(workdir), renewal
-        self._store = _open(workdir)
         self._mine = Holder.myself()
         self._lost = threading.Event()
-        self._generation = self._take(patience)
+        with storage("write", f"{self._workdir}/{LOCK}"):
+            self._store = _open(workdir)
+            self._generation = self._take(patience)
         self._renewed, self._renewing = time.monotonic(), threading.Lock()
         self._closed = threading.Event()
         threading.Thread(target=self._keep, daemon=True).start()
@@ -79,48 +81,61 @@ class Lock:
           RunStopped: another process took it, because this one stood still for too long.
         """
         if time.monotonic() - self._renewed > 3 * self._renewal:  # it stood still: others may have thought it dead
-            self._renew()
+            with storage("renew", f"{self._workdir}/{LOCK}"):
+                self._renew()
         if self._lost.is_set():
-            raise RunStopped(f"another process has taken over {self._workdir}; this one wrote nothing since")
+            raise RunStopped(f"another process has taken over {self._workdir}, so this one stops")
 
     def close(self) -> None:
         """Let go of the lock, if it is still ours."""
         self._closed.set()
-        with self._renewing:
-            self._store.write(LOCK, None, if_equal=self._generation).result()
+        try:
+            with self._renewing, storage("remove", f"{self._workdir}/{LOCK}"):
+                self._store.write(LOCK, None, if_equal=self._generation).result()
+        except RunStopped as error:  # the next run finds out that this process is gone
+            logger.warning("%s", error)
 
     def _take(self, patience: float) -> bytes:
         """Write the lock; returns the generation of what was written."""
         found = self._store.read(LOCK).result()
-        if found.state == "value":
-            self._refuse_if_alive(found.value, patience)
+        if found.state == "value" and self._holder_leaves(found.value, patience):
+            return self._take(patience)
         written = self._store.write(LOCK, _to_bytes(self._mine), if_equal=found.stamp.generation).result()
         if not written.generation:
             raise UserError(f"another process has just begun to train in {self._workdir}; give another --workdir")
         return written.generation
 
-    def _refuse_if_alive(self, value: bytes, patience: float) -> None:
+    def _holder_leaves(self, value: bytes, patience: float) -> bool:
+        """Whether the holder lets go while we wait for a sign of life; if it is alive we are refused."""
         try:
             holder = Holder(**json.loads(value))
         except (ValueError, TypeError):
             logger.warning("%s/%s is damaged; taking it over", self._workdir, LOCK)
-            return
-        if not holder.is_gone() and not (holder.machine != _machine() and self._stands_still(value, patience, holder)):
+            return False
+        visible = bool(holder.machine) and holder.machine == _machine()
+        later = value if visible else self._after(patience, value, holder)
+        if later is None:
+            return True
+        if later != value or (visible and not holder.is_gone()):
             raise UserError(
                 f"process {holder.pid} on {holder.host} is training in {self._workdir}; "
                 "wait for it, end it, or give another --workdir"
             )
         logger.info("taking over %s from process %d on %s, which is gone", self._workdir, holder.pid, holder.host)
+        return False
 
-    def _stands_still(self, value: bytes, patience: float, holder: Holder) -> bool:
-        """Whether nobody renews the lock, or it disappears."""
+    def _after(self, patience: float, value: bytes, holder: Holder) -> bytes | None:
+        """What stands in the lock when somebody writes it or time is up; None if it was removed."""
         logger.info("waiting %.0f s to see whether process %d on %s still trains", patience, holder.pid, holder.host)
         end = time.monotonic() + patience
         while time.monotonic() < end:
             time.sleep(min(1.0, patience / 10))
-            if self._store.read(LOCK).result().value != value:
-                return False
-        return True
+            found = self._store.read(LOCK).result()
+            if found.state != "value":
+                return None
+            if found.value != value:
+                return found.value
+        return value
 
     def _keep(self) -> None:
         while not self._closed.wait(self._renewal) and not self._lost.is_set():

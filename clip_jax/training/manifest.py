@@ -51,7 +51,7 @@ def check_manifest(folder: epath.Path, share: int = 0, shares: int = 1) -> None:
         except FileNotFoundError as error:
             raise DamagedFile(f"{folder / name} is missing") from error
         if found != fingerprint:
-            raise DamagedFile(f"{folder / name} is damaged: it has not the size and checksum of what was written")
+            raise DamagedFile(f"{folder / name} is damaged: its size or checksum is not what was written")
 
 
 def file_names(folder: epath.Path, prefix: str = "") -> Iterator[str]:

@@ -4,14 +4,17 @@ import json
 import logging
 import math
 import tempfile
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
 from etils import epath
-from tensorboardX import SummaryWriter
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.summary import scalar
 
-from clip_jax.errors import RunStopped
+from clip_jax.training.storage import storage
 from clip_jax.workdir import METRICS, absolute, split_metrics, write_whole
 
 logger = logging.getLogger(__name__)
@@ -24,36 +27,34 @@ class MetricsWriter:
 
     A resumed run repeats the steps after its checkpoint: what an earlier life wrote about them is dropped first,
     so that every step has one line. Damaged lines are moved to metrics.damaged.
+
+    Args:
+      workdir: of the run.
+      start_step: with which the run goes on.
+      check: called before anything is written; raises if the workdir is another run's by now.
+
+    Raises:
+      RunStopped: the disk or bucket refuses to be written to; later as well.
     """
 
-    def __init__(self, workdir: str, start_step: int):
+    def __init__(self, workdir: epath.PathLike, start_step: int, check: Callable[[], None]):
         root = absolute(workdir)
-        root.mkdir(parents=True, exist_ok=True)
-        self._path = root / METRICS
-        lines, damaged = split_metrics(workdir)
-        if damaged:
-            logger.warning("%s had %d damaged lines; moved to %s", self._path, len(damaged), root / DAMAGED_METRICS)
-            write_whole(root / DAMAGED_METRICS, "".join(f"{line}\n" for line in damaged))
-        self._text = "".join(_to_line(line) for line in lines if line["step"] <= start_step)
-        write_whole(self._path, self._text)
-        self._events = _Events(root, start_step)
+        self._path, self._check = root / METRICS, check
+        with storage("write", self._path):
+            lines, damaged = split_metrics(workdir)
+            if damaged:
+                _set_aside(damaged, root / DAMAGED_METRICS)
+            self._text = "".join(_to_line(line) for line in lines if line["step"] <= start_step)
+            write_whole(self._path, self._text)
+            self._events = _Events(root, start_step)
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Append one line, and the same values as TensorBoard scalars; what is not finite is left out of both.
-
-        Raises:
-          RunStopped: the disk or bucket refuses it.
-        """
+        """Append one line, and the same values as TensorBoard scalars; what is not finite is left out of both."""
+        self._check()
         metrics = {key: value for key, value in metrics.items() if math.isfinite(value)}
-        line = _to_line({"step": step, **metrics})
-        try:
-            self._append(line)
+        with storage("write", self._path):
+            self._append(_to_line({"step": step, **metrics}))
             self._events.write(step, metrics)
-        except OSError as error:
-            raise RunStopped(
-                f"cannot write {self._path} ({error}); the checkpoints are safe: mend that, and run the same command "
-                "again to go on"
-            ) from error
 
     def _append(self, line: str) -> None:
         if "://" in str(self._path):  # objects in buckets cannot grow
@@ -64,7 +65,7 @@ class MetricsWriter:
             file.write(line)
 
     def close(self) -> None:
-        """Flush the events."""
+        """Close the file of events."""
         self._events.close()
 
 
@@ -75,23 +76,33 @@ class _Events:
         self._bucket = root if "://" in str(root) else None
         self._local = tempfile.TemporaryDirectory() if self._bucket else nullcontext(str(root))
         self._folder = self._local.__enter__()
-        self._writer = SummaryWriter(self._folder, purge_step=start_step + 1)
+        # Not SummaryWriter: its thread dies of a full disk, and whoever writes after that waits for ever.
+        self._writer = EventsWriter(f"{self._folder}/events")
+        restart = SessionLog(status=SessionLog.START)  # what an earlier life wrote about later steps is void
+        self._writer.write_event(Event(wall_time=time.time(), step=start_step + 1, session_log=restart))
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         for key, value in metrics.items():
-            self._writer.add_scalar(key if "/" in key else f"train/{key}", value, step)
-        self._copy()
-
-    def close(self) -> None:
-        self._writer.close()
-        self._copy()
-        self._local.__exit__(None, None, None)
-
-    def _copy(self) -> None:
+            summary = scalar(key if "/" in key else f"train/{key}", value)
+            self._writer.write_event(Event(wall_time=time.time(), step=step, summary=summary))
+        self._writer.flush()
         if self._bucket:
-            self._writer.flush()
             for file in Path(self._folder).iterdir():
                 (self._bucket / file.name).write_bytes(file.read_bytes())
+
+    def close(self) -> None:
+        try:
+            self._writer.close()
+        except OSError as error:
+            logger.warning("the last events for TensorBoard are lost: %s", error)
+        self._local.__exit__(None, None, None)
+
+
+def _set_aside(lines: Sequence[str], path: epath.Path) -> None:
+    """Add damaged lines to a file of their own."""
+    logger.warning("%d damaged lines of %s; moved to %s", len(lines), METRICS, path)
+    before = path.read_text() if path.exists() else ""
+    write_whole(path, before + "".join(f"{line}\n" for line in lines))
 
 
 def _to_line(values: Mapping[str, int | float]) -> str:

@@ -41,10 +41,11 @@ class Preemption(Hook):
             return
         for each in SIGNALS:
             signal.signal(each, signal.SIG_DFL)
-        self._save.now(step)
+        saved = self._save.now(step)
         asked = self._asked or signal.SIGTERM
+        what = "nothing is saved" if saved is None else f"step {saved} is saved"
         raise RunStopped(
-            f"stopped by {asked.name}; step {step.number} is saved: run the same command again to go on",
+            f"stopped by {asked.name}; {what}: run the same command again to go on",
             exit_code=128 + asked,
         )
 

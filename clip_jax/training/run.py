@@ -28,6 +28,7 @@ from clip_jax.training.preemption import Preemption
 from clip_jax.training.run_config import config_to_continue, make_workdir, write_config
 from clip_jax.training.state import Training, TrainState, abstract_state, initial_state
 from clip_jax.training.step import make_train_step
+from clip_jax.training.storage import storage
 from clip_jax.training.watch import Watch
 
 logger = logging.getLogger(__name__)
@@ -59,10 +60,10 @@ def run(config: RunConfig, workdir: str, make_evaluate: MakeEvaluate | None = No
         lock = on_first_process(lambda: open_things.enter_context(closing(Lock(workdir))))
         checkpoints = open_things.enter_context(closing(Checkpoints(workdir, config)))
         state = _state(checkpoints, training, config)
-        write_config(workdir, to_dict(config))
+        on_first_process(lambda: write_config(workdir, to_dict(config)))
         hosts = jax.process_index(), jax.process_count()
         batches = open_things.enter_context(closing(TrainBatches(reader, config.input, int(state.step), *hosts)))
-        writer = on_first_process(lambda: MetricsWriter(workdir, int(state.step)))
+        writer = on_first_process(lambda: MetricsWriter(workdir, int(state.step), lock.check))
         hooks = [Hold(lock)] if lock else []
         hooks += _hooks(config, workdir, writer, checkpoints, batches, evaluate, clock)
         return train(state, train_step, on_devices(batches, training.partitioner), config.total_steps, hooks, clock)
@@ -70,7 +71,8 @@ def run(config: RunConfig, workdir: str, make_evaluate: MakeEvaluate | None = No
 
 def _check_workdir(config: RunConfig, workdir: str) -> None:
     """See that `workdir` holds no other run, and say so if it holds a shorter one."""
-    values = config_to_continue(workdir)
+    with storage("read", workdir):
+        values = config_to_continue(workdir)
     if values is None:
         return
     previous = from_dict(type(config), values, f"{workdir}/config.json")
@@ -120,7 +122,7 @@ def _hooks(
     log = Log(writer, config.log_every, config.total_steps, config.batch_size, schedule, batches, clock)
     bad_numbers = BadNumbers(config.guard.max_skipped, checkpoints, partial(report_batch, workdir, batches.reader))
     save = Save(checkpoints, config.checkpoint_every, log, clock)
-    hooks = [log, bad_numbers, save, Watch(clock, config.stall_seconds)]
-    if evaluate is not None:
+    hooks = [log, bad_numbers, Watch(clock, config.stall_seconds)]
+    if evaluate is not None:  # before the save: what is killed in it is evaluated again
         hooks.append(every(config.eval_every, Evaluate(evaluate, log, clock)))
-    return [*hooks, Preemption(save)]
+    return [*hooks, save, Preemption(save)]

@@ -5,13 +5,13 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
-import jax
 from etils import epath
 
 from clip_jax.errors import DamagedFile, UserError
 from clip_jax.model_folder import DESCRIPTION, VARIABLES
 from clip_jax.sealed_json import read_object
 from clip_jax.training.step_folder import config_of_newest, has_checkpoint
+from clip_jax.training.storage import storage
 from clip_jax.workdir import BEST, RUN_CONFIG, absolute, write_whole
 
 logger = logging.getLogger(__name__)
@@ -35,9 +35,9 @@ def make_workdir(workdir: epath.PathLike) -> None:
 
 
 def write_config(workdir: epath.PathLike, config: Mapping[str, Any]) -> None:
-    """Write config.json into an existing workdir, complete or not at all. Only process 0 does."""
-    if jax.process_index() == 0:
-        path = absolute(workdir) / RUN_CONFIG
+    """Write config.json into an existing workdir, complete or not at all."""
+    path = absolute(workdir) / RUN_CONFIG
+    with storage("write", path):
         write_whole(path, json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 

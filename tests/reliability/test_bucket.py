@@ -31,7 +31,8 @@ def storage():
             "EPATH_USE_TF": "false",  # TensorFlow's client does not know of emulators
             "FSSPEC_GS_TOKEN": "anon",
             "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",
-            "GRPC_VERBOSITY": "NONE",
+            "GCE_METADATA_HOST": "127.0.0.1:1",  # nobody to ask for credentials
+            "NO_GCE_CHECK": "true",
         }.items():
             patch.setenv(name, value)
         logging.getLogger("gcp_storage_emulator").setLevel(logging.CRITICAL)
