@@ -103,7 +103,7 @@ def test_one_of_two_processes_is_killed(tmp_path):
     killed.mkdir()
     codes, said = together(whole)
     assert codes == [0, 0], said
-    for moment, count in [("batch", 5), ("after the call of a save", 1)]:
+    for moment, count in [("batch", 5), ("save under way", 1)]:
         codes, said = together(killed, kill=moment, count=count)
         assert codes[1] == KILLED and codes[0] != 0, said
     codes, said = together(killed, kill="batch", count=2, signal="SIGTERM")

@@ -159,7 +159,7 @@ def moments():
     manager, renamed = ocp.CheckpointManager, atomicity.AtomicRenameTemporaryPath
     return {
         "before a save": before(manager, "save"),
-        "after the call of a save": after(manager, "save"),
+        "save under way": after(manager, "save"),
         "temporary folder": after(renamed, "create"),
         "arrays begun": before(pytree_checkpoint_handler.PyTreeCheckpointHandler, "finalize"),
         "all written": before(checkpoints, "write_manifest"),
