@@ -12,6 +12,7 @@ from flax.traverse_util import flatten_dict
 from clip_jax.models import CLIP, Execution
 from clip_jax.parallel import MeshConfig, make_partitioner
 from clip_jax.processing.images import Preprocess
+from clip_jax.training.guard import initial_guard
 from clip_jax.training.optimizer import OptimizerConfig, make_optimizer
 from clip_jax.training.parameters import split
 from clip_jax.training.state import Training, TrainState
@@ -106,7 +107,8 @@ def our_run(dtype):
     params = jax.tree.map(jnp.asarray, first)
     trained, _ = split(params, FROZEN)
     ema = jax.tree.map(jnp.copy, trained)
-    state = TrainState(jnp.zeros((), jnp.int32), params, {}, optimizer.init(trained), ema)
+    guard = initial_guard(training.guard)
+    state = TrainState(jnp.zeros((), jnp.int32), params, {}, optimizer.init(trained), guard, ema)
     train_step, losses = make_train_step(training), []
     for images, tokens in batches(ODD_VIT):
         state, metrics = train_step(state, {"image": images, "text": tokens})

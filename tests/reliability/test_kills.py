@@ -4,7 +4,6 @@ The long form, which also kills at random times and one of two processes: `make 
 """
 
 import random
-import shutil
 import signal
 import subprocess
 import time
@@ -22,9 +21,6 @@ KILLED = -signal.SIGKILL
 def undisturbed(tmp_path_factory):
     """The outcome of a run that nothing happens to, and the seconds that it takes."""
     workdir = tmp_path_factory.mktemp("undisturbed")
-    live(workdir)
-    shutil.rmtree(workdir)
-    workdir.mkdir()
     began = time.monotonic()
     code, said = live(workdir)
     assert code == 0, said
