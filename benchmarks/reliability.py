@@ -48,11 +48,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("jobs", nargs="*", metavar="CONFIG:BATCH:STEPS", default=JOBS)
     keep_libtpu_quiet()
-    rows = [row(*job.split(":")) for job in parser.parse_args().jobs]
+    jobs = parser.parse_args().jobs
+    rows = [row(*job.split(":")) for job in jobs]
     lines = [
         "# What watching costs",
         "",
-        f"`python -m benchmarks.reliability` on {cpu()}; jax {jax.__version__}.",
+        f"`python -m benchmarks.reliability {' '.join(jobs)}` on {cpu()}; jax {jax.__version__}.",
         f"The fastest of {ROUNDS} rounds each, by turns.",
         "",
         "| config | batch | steps a round | ms a step, with none | with all | more |",

@@ -40,17 +40,31 @@ def step_folder(path: epath.PathLike) -> epath.Path:
     Raises:
       UserError: no step is finished, or none was evaluated where the best is asked for.
     """
-    import orbax.checkpoint as ocp
-
     workdir = absolute(str(path).removesuffix(BEST))
-    folder = workdir / CHECKPOINTS
-    steps = sorted(ocp.utils.checkpoint_steps(folder)) if folder.is_dir() else []
-    if not steps:
-        raise UserError(f"{workdir} holds no finished checkpoint; expected {folder}/STEP")
+    steps = finished_steps(workdir)
     step = best_step(workdir, steps) if str(path).endswith(BEST) else steps[-1]
     if step is None:
         raise UserError(f"no checkpoint in {workdir} was evaluated, so none is best; leave {BEST} out for the newest")
-    return folder / str(step)
+    return workdir / CHECKPOINTS / str(step)
+
+
+def finished_steps(workdir: epath.PathLike) -> list[int]:
+    """The steps of the finished checkpoints, the newest last.
+
+    Raises:
+      UserError: there is none.
+    """
+    if not (steps := steps_of(workdir)):
+        raise UserError(f"{workdir} holds no finished checkpoint; expected {absolute(workdir) / CHECKPOINTS}/STEP")
+    return steps
+
+
+def steps_of(workdir: epath.PathLike) -> list[int]:
+    """The steps of the finished checkpoints, the newest last; none in a workdir that has no checkpoints yet."""
+    import orbax.checkpoint as ocp
+
+    folder = absolute(workdir) / CHECKPOINTS
+    return sorted(ocp.utils.checkpoint_steps(folder)) if folder.is_dir() else []
 
 
 def best_step(workdir: epath.PathLike, steps: Sequence[int]) -> int | None:

@@ -6,13 +6,12 @@ python -m clip_jax.training.checkpoint verify runs/demo
 import argparse
 from collections.abc import Sequence
 
-import orbax.checkpoint as ocp
 from tqdm import tqdm
 
 from clip_jax import cli
 from clip_jax.errors import UserError
 from clip_jax.training.step_folder import verify
-from clip_jax.workdir import CHECKPOINTS, absolute
+from clip_jax.workdir import CHECKPOINTS, absolute, finished_steps
 
 
 def main(argv: Sequence[str]) -> int:
@@ -26,11 +25,8 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("workdir", help="of a run")
     flags = parser.parse_args(argv)
     folder = absolute(flags.workdir) / CHECKPOINTS
-    steps = sorted(ocp.utils.checkpoint_steps(folder)) if folder.is_dir() else []
-    if not steps:
-        raise UserError(f"{flags.workdir} holds no finished checkpoint; expected {folder}/STEP")
     damaged = 0
-    for step in tqdm(steps, desc="verifying", unit="checkpoint", disable=None):
+    for step in tqdm(finished_steps(flags.workdir), desc="verifying", unit="checkpoint", disable=None):
         try:
             verify(folder / str(step))
             tqdm.write(f"step {step}: whole")

@@ -10,9 +10,9 @@ from etils import epath
 from clip_jax.errors import DamagedFile, UserError
 from clip_jax.model_folder import DESCRIPTION, VARIABLES
 from clip_jax.sealed_json import read_object
-from clip_jax.training.step_folder import config_of_newest, has_checkpoint
+from clip_jax.training.step_folder import config_of_newest
 from clip_jax.training.storage import storage
-from clip_jax.workdir import BEST, RUN_CONFIG, absolute, write_whole
+from clip_jax.workdir import BEST, RUN_CONFIG, absolute, steps_of, write_whole
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +47,7 @@ def config_to_continue(workdir: epath.PathLike) -> dict[str, Any] | None:
     Raises:
       UserError: neither config.json nor a checkpoint tells it.
     """
-    if not has_checkpoint(workdir):
+    if not steps_of(workdir):
         return None
     file = absolute(workdir) / RUN_CONFIG
     try:

@@ -25,7 +25,7 @@ from clip_jax.sealed_json import check_seal, read_object, sealed
 from clip_jax.training.config import RunConfig
 from clip_jax.training.manifest import MANIFEST, check_manifest
 from clip_jax.training.state import TrainState
-from clip_jax.workdir import CHECKPOINTS, absolute
+from clip_jax.workdir import CHECKPOINTS, absolute, steps_of
 
 RUN, RUN_FILE, _VERSION = "run", "run.json", 1
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint")
@@ -112,16 +112,9 @@ def read_arrays(folder: epath.Path) -> Any:
 
 def config_of_newest(workdir: epath.PathLike) -> dict[str, Any] | None:
     """The configuration in the newest checkpoint that has a readable one; None if there is none."""
-    folder = absolute(workdir) / CHECKPOINTS
-    for step in sorted(ocp.utils.checkpoint_steps(folder), reverse=True) if folder.is_dir() else []:
+    for step in reversed(steps_of(workdir)):
         try:
-            return read_description(folder / str(step))["config"]
+            return read_description(absolute(workdir) / CHECKPOINTS / str(step))["config"]
         except DamagedFile:
             continue
     return None
-
-
-def has_checkpoint(workdir: epath.PathLike) -> bool:
-    """Whether `workdir` holds a complete checkpoint."""
-    folder = absolute(workdir) / CHECKPOINTS
-    return folder.is_dir() and bool(ocp.utils.checkpoint_steps(folder))

@@ -71,8 +71,8 @@ class LoggedBatches(TrainBatches):
         return batch
 
 
-def before(owner, name):
-    """A moment: when `owner.name` is called for the count-th time, before it does anything."""
+def before(owner, name, done=False):
+    """A moment: when `owner.name` is called for the count-th time, before it does anything, or when it is done."""
 
     def arm(kill, count):
         true, calls = getattr(owner, name), []
@@ -80,30 +80,20 @@ def before(owner, name):
         @functools.wraps(true)
         def armed(*arguments, **keywords):
             calls.append(name)
-            if len(calls) == count:
+            due = len(calls) == count
+            if due and not done:
                 kill()
-            return true(*arguments, **keywords)
-
-        setattr(owner, name, armed)
-
-    return arm
-
-
-def after(owner, name):
-    def arm(kill, count):
-        true, calls = getattr(owner, name), []
-
-        @functools.wraps(true)
-        def armed(*arguments, **keywords):
             result = true(*arguments, **keywords)
-            calls.append(name)
-            if len(calls) == count:
+            if due and done:
                 kill()
             return result
 
         setattr(owner, name, armed)
 
     return arm
+
+
+after = functools.partial(before, done=True)
 
 
 def half_written(owner, name):

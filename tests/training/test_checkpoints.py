@@ -143,6 +143,19 @@ def test_where_all_are_damaged_the_run_does_not_begin_afresh(workdir, tmp_path):
         run(CONFIG, str(tmp_path))
 
 
+def test_what_only_another_process_finds_damaged_is_not_set_aside(workdir, like, tmp_path, monkeypatch):
+    """Another host may not see the disk."""
+    shutil.copytree(workdir[0], tmp_path, dirs_exist_ok=True)
+
+    def refused(self, step):
+        raise DamagedFile("process 1 refused to go on: a file is missing")
+
+    monkeypatch.setattr(Checkpoints, "_check_files", refused)
+    with pytest.raises(RunStopped, match="is the workdir shared by all hosts"):
+        restored(tmp_path, like)
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["1", "2"]
+
+
 def test_arrays_are_checked_even_where_the_files_are_as_they_were_written(workdir, like, tmp_path, monkeypatch):
     """Damage on the way from the devices to the disk."""
     from clip_jax.training import checkpoints as module

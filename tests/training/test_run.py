@@ -152,6 +152,25 @@ def test_a_run_stopped_half_way_resumes_bit_for_bit(undisturbed, tmp_path):
     assert [line["step"] for line in read_metrics(tmp_path)] == [1, 2, 4, 6]
 
 
+def test_a_run_killed_in_its_last_evaluation_is_evaluated_when_it_goes_on(tmp_path):
+    """The checkpoint of a step is written after its evaluation, so that the step is taken again."""
+
+    class Killed(Exception):
+        pass
+
+    def killed(config, training):
+        def evaluate(state):
+            raise Killed
+
+        return evaluate
+
+    config = config_of(eval_every=6, log_every=1)
+    with pytest.raises(Killed):
+        run(config, str(tmp_path), killed)
+    run(config, str(tmp_path), lambda config, training: lambda state: {"eval/digits/acc1": 0.5})
+    assert [line["step"] for line in read_metrics(tmp_path) if "eval/digits/acc1" in line] == [6]
+
+
 def test_a_finished_run_is_left_as_it_is(undisturbed):
     workdir, state = undisturbed
     for got, want in zip(leaves(run(config_of(), str(workdir))), leaves(state), strict=True):
