@@ -1,5 +1,6 @@
 """Every test sees 8 virtual CPU devices, exact float32 products, and no silent rank promotion."""
 
+import logging
 import os
 from pathlib import Path
 
@@ -42,6 +43,18 @@ def own_cache(request, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CLIP_JAX_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield
+
+
+@pytest.fixture
+def quiet_again():
+    """After a script's own logging, the tests' again."""
+    absl, logger = logging.getLogger("absl"), logging.getLogger("clip_jax")
+    filters = [*absl.filters]
+    yield
+    absl.filters[:] = filters
+    logger.handlers.clear()
+    logger.propagate = True
+    logger.setLevel(logging.NOTSET)
 
 
 @pytest.fixture(scope="session")
