@@ -103,9 +103,10 @@ def test_a_mistake_gives_one_line_and_exit_code_2(name, tmp_path, other_workdir,
 
 
 def test_a_mistake_ends_the_process_so(tmp_path):
-    for arguments in (("train.py", "--config", "vit_b31", "--workdir", tmp_path), ("evaluate.py", "--weights", tmp_path)):
-        done = call(*arguments)
-        assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
+    for script, *flags in (("train.py", "--config", "vit_b31"), ("evaluate.py", "--weights", tmp_path)):
+        done = call(script, *flags)
+        assert done.returncode == 2, done.stderr
+        assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
 
 
 def test_without_the_requirements_a_script_says_how_it_is_called():
