@@ -62,10 +62,10 @@ def check_data(config: Any) -> None:
       UserError: something is, and the run would stop at it.
     """
     from clip_jax.data.check import check
-    from clip_jax.data.sources import make_sources
+    from clip_jax.training.run import make_reader
 
-    sources, _ = make_sources(config.data, config.access)
-    results = check(sources)
+    reader = make_reader(config)
+    results = check(reader.mixture.sources, reader.target)
     for result in results:
         print("\n".join(result.lines()))
     damaged = sum(result.damage.total() for result in results)

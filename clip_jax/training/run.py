@@ -10,7 +10,9 @@ import jax
 from clip_jax.data.pipeline import TrainBatches
 from clip_jax.data.reader import Mixture, TrainReader
 from clip_jax.data.sources import make_sources
+from clip_jax.data.targets import Labels, Target, Texts
 from clip_jax.distributed import on_first_process
+from clip_jax.losses import LOSSES
 from clip_jax.options import from_dict, to_dict
 from clip_jax.processing import Preprocess, make_tokenizer
 from clip_jax.training.bad_numbers import BadNumbers, report_batch
@@ -89,11 +91,19 @@ def make_reader(config: RunConfig) -> TrainReader:
     """What reads the run's training data.
 
     Raises:
-      UserError: data that is missing or without captions, or a tokenizer that is not known.
+      UserError: data that is missing or without what the loss reads, or a tokenizer that is not known.
     """
-    tokenizer = make_tokenizer(config.model.text)
-    mixture = Mixture(*make_sources(config.data, config.access), config.seed, config.batch_size)
-    return TrainReader(mixture, Preprocess.from_config(config.model), tokenizer, config.augment)
+    target = make_target(config)
+    sources = make_sources(config.data, config.access, target.check_source)
+    mixture = Mixture(*sources, config.seed, config.batch_size)
+    return TrainReader(mixture, Preprocess.from_config(config.model), target, config.augment)
+
+
+def make_target(config: RunConfig) -> Target:
+    """What the run reads besides images: what its loss compares them with."""
+    if LOSSES[config.loss].target == "label":
+        return Labels(config.model.classes)
+    return Texts(make_tokenizer(config.model.text))
 
 
 def _state(checkpoints: Checkpoints, training: Training, config: RunConfig) -> TrainState:
