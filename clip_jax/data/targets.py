@@ -4,7 +4,7 @@ import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import ClassVar, Protocol
+from typing import ClassVar, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Int32
@@ -18,6 +18,7 @@ _CACHED_TEXTS = 2**16  # all captions of the embedded data sets
 _LONGEST_CACHED = 1000  # characters; texts of megabytes would fill the memory
 
 
+@runtime_checkable
 class Target(Protocol):
     """Turns an example into an array of a batch.
 
