@@ -11,7 +11,13 @@ ROOT = Path(__file__).parent.parent.parent
 # tensorboardX imports torch where it finds it, which takes longer than all that a worker needs.
 WITHOUT_TORCH = """
 import runpy, sys
-sys.modules["torch"] = None
+
+class NoTorch:
+    def find_spec(name, *_):
+        if name == "torch":
+            raise ModuleNotFoundError(name)
+
+sys.meta_path.insert(0, NoTorch)
 runpy.run_module(sys.argv.pop(1), run_name="__main__", alter_sys=True)
 """
 
