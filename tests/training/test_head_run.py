@@ -154,6 +154,8 @@ def test_a_head_is_taken_from_a_model_by_the_names_of_its_classes(trained, caplo
     assert "has other classes ('eight' differs) and is left out" in caplog.text
     with pytest.raises(UserError, match=r"classifier \(10, 32\) -> none"):
         fitted_weights(InitialWeights(str(workdir)), CONFIG.model)
+    with pytest.raises(UserError, match="a head that starts zero-shot is made of texts, so the text tower cannot"):
+        fitted_weights(InitialWeights(str(workdir), ("text/*", "classifier")), config.model)
 
 
 def test_other_formats_leave_the_head_out_and_say_so(trained, tmp_path, caplog):
@@ -193,7 +195,6 @@ def test_settings_that_do_not_go_together_are_refused(changes, message):
     ("changes", "message"),
     [
         ({"model": dataclasses.replace(CONFIG.model, classes=CLASSES)}, "data.digits has 8 classes that model.classes"),
-        ({"init": {"init_fresh": ("text/*",)}}, "a head that starts zero-shot is made of texts"),
         ({"optimizer": dataclasses.replace(CONFIG.optimizer, frozen=("visual/*", "classifier"))}, "leaves nothing"),
     ],
 )
