@@ -48,11 +48,13 @@ def main(argv: Sequence[str]) -> None:
 
         main_plan(config, flags.plan, flags.plan_output)
         return
-    from clip_jax.training.run import run
+    from clip_jax.distributed import together
+    from clip_jax.judged_run import train
+    from clip_jax.training.resolve import resolved
 
     keep_compiled_programs()
     cli.join_processes(flags)
-    run(config, flags.workdir, zero_shot_evaluation if config.eval_datasets else None)
+    train(together(lambda: resolved(config)), flags.workdir)
 
 
 def check_data(config: Any) -> None:
@@ -71,27 +73,6 @@ def check_data(config: Any) -> None:
     damaged = sum(result.damage.total() for result in results)
     if damaged and config.input.on_damage == "stop":
         raise UserError(f"{damaged} damaged; mend the data, or train with --config.on_damage=skip")
-
-
-def zero_shot_evaluation(config: Any, training: Any) -> Any:
-    """What training calls every `eval_every` steps: zero-shot accuracy on the config's data sets."""
-    from clip_jax.distributed import together
-    from clip_jax.evaluation.datasets import evaluation_set
-    from clip_jax.evaluation.encoders import make_encoders
-    from clip_jax.evaluation.tasks import chosen_tasks
-    from clip_jax.evaluation.zero_shot import check_prompts, zero_shot
-
-    encoders = make_encoders(training.model, training.partitioner)
-    datasets = together(lambda: [evaluation_set(name, config.access) for name in config.eval_datasets])
-    for dataset in datasets:
-        chosen_tasks(dataset, ["zeroshot"])
-        check_prompts(encoders, dataset)
-
-    def evaluate(state: Any) -> dict[str, float]:
-        results = {dataset.name: zero_shot(encoders, state.variables, dataset, progress=False) for dataset in datasets}
-        return {f"eval/{name}/{k}": v for name, result in results.items() for k, v in result.metrics.items()}
-
-    return evaluate
 
 
 if __name__ == "__main__":

@@ -2,7 +2,11 @@
 
 WORKDIR/config.json        the resolved configuration
 WORKDIR/metrics.jsonl      one JSON object per line
+WORKDIR/start              the model that the run started from, a model folder, if it did not start from random weights
+WORKDIR/held_out.json      which images it trains on and which it is judged by, if it holds some out
 WORKDIR/checkpoints/STEP   a model folder each, with the training state beside the model
+WORKDIR/results.json       what came of it, of a run that holds some out: before and after
+WORKDIR/report.html        the same as a page with pictures
 WORKDIR/damaged/STEP       checkpoints that turned out to be damaged
 WORKDIR/lock               which process trains here
 """
@@ -20,7 +24,9 @@ from clip_jax.errors import UserError
 logger = logging.getLogger(__name__)
 
 CHECKPOINTS, RUN_CONFIG, METRICS = "checkpoints", "config.json", "metrics.jsonl"
+START, HELD_OUT, RESULTS, REPORT = "start", "held_out.json", "results.json", "report.html"
 BEST = "@best"
+_SCORES = ("/acc1", "/image_retrieval_recall@1")  # a run is as good as the first of these says that it has
 
 
 def absolute(path: epath.PathLike) -> epath.Path:
@@ -68,17 +74,34 @@ def steps_of(workdir: epath.PathLike) -> list[int]:
 
 
 def best_step(workdir: epath.PathLike, steps: Sequence[int]) -> int | None:
-    """The one of `steps` whose top-1 accuracy, averaged over the evaluation sets, is highest; None if none has any.
+    """The one of `steps` whose score is highest, of equals the newest; None if none has any."""
+    found = scores(workdir, steps)
+    return max(found, key=lambda step: (found[step], step), default=None)
 
-    Steps are comparable only where the same sets were measured: those of the newest evaluation count.
+
+def scores(workdir: epath.PathLike, steps: Sequence[int] | None = None) -> dict[int, float]:
+    """How good a run was at its evaluated steps, ascending: top-1 accuracy averaged over the evaluation sets.
+
+    Where no set has classes it is the recall of images by their captions. Steps are comparable only where the same sets
+    were measured: those of the newest evaluation count.
+
+    Args:
+      workdir: of the run.
+      steps: which of them; by default all.
     """
-    accuracies: dict[int, dict[str, float]] = {}
+    values: dict[int, dict[str, float]] = {}
     for line in read_metrics(workdir):
-        accuracies.setdefault(line["step"], {}).update({key: line[key] for key in line if key.endswith("/acc1")})
-    evaluated = {step: values for step, values in sorted(accuracies.items()) if values and step in steps}
-    sets = list(evaluated.values())[-1].keys() if evaluated else ()
-    scores = {step: np.mean(list(values.values())) for step, values in evaluated.items() if values.keys() == sets}
-    return max(scores, key=lambda step: (scores[step], step), default=None)
+        if steps is None or line["step"] in steps:
+            values.setdefault(line["step"], {}).update({key: line[key] for key in line if key.endswith(_SCORES)})
+    for ending in _SCORES:
+        evaluated = {
+            step: {key: own[key] for key in own if key.endswith(ending)} for step, own in sorted(values.items())
+        }
+        evaluated = {step: own for step, own in evaluated.items() if own}
+        if evaluated:
+            sets = list(evaluated.values())[-1].keys()
+            return {step: np.mean(list(own.values())).item() for step, own in evaluated.items() if own.keys() == sets}
+    return {}
 
 
 def read_metrics(workdir: epath.PathLike) -> list[dict[str, Any]]:

@@ -8,7 +8,7 @@ from etils import epath
 
 from clip_jax import model_folder
 from clip_jax.errors import UserError
-from clip_jax.models import CLIPConfig
+from clip_jax.models import OPENAI_MODELS, CLIPConfig
 from clip_jax.weights import download, hub, huggingface, open_clip, openai
 
 WRITERS = {
@@ -48,6 +48,18 @@ def load_variables(
     if activation is not None or model_config is not None:
         raise UserError(f"{path} comes with its own configuration; leave the activation and the model_config out")
     return _READERS_WITH_CONFIG[form](path)
+
+
+def architecture(source: epath.PathLike) -> CLIPConfig:
+    """What the model that `source` holds is; no weights are read where a name or a description says it.
+
+    Raises:
+      UserError: as `load_variables`.
+    """
+    if download.is_official(str(source)):
+        return OPENAI_MODELS[str(source)]
+    form, path = locate(source)
+    return model_folder.read_config(path) if form == "jax" else load_variables(source)[0]
 
 
 def locate(source: epath.PathLike, download_root: str | Path | None = None) -> tuple[str, Path | epath.Path]:

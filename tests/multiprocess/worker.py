@@ -23,9 +23,9 @@ def main(coordinator: str, processes: int, index: int, workdir: str) -> None:
 
 
 def zero_shot(config, training):
-    from train import zero_shot_evaluation
+    from clip_jax.judged_run import Evaluation
 
-    return zero_shot_evaluation(config, training)
+    return Evaluation(config, training)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import pytest
 
 from clip_jax import cli, model_folder, options
 from clip_jax.errors import UserError
+from clip_jax.judged_run import Evaluation
 from clip_jax.models import Execution
 from clip_jax.parallel import MeshConfig
 from clip_jax.processing import Augment
@@ -22,7 +23,6 @@ from clip_jax.training.run import run
 from clip_jax.weights import load_variables
 from clip_jax.workdir import read_metrics
 from tests import tiny
-from train import zero_shot_evaluation
 
 FIRST_CONFIG = Path(__file__).parent / "golden" / "first_config.json"
 CONFIG = RunConfig(
@@ -62,7 +62,7 @@ def test_the_augmentation_of_the_config_is_applied(undisturbed, tmp_path):
 
 
 def test_evaluation_does_not_disturb_the_order_of_the_data(undisturbed, tmp_path):
-    run(config_of(eval_every=2), str(tmp_path), zero_shot_evaluation)
+    run(config_of(eval_every=2), str(tmp_path), Evaluation)
     lines = read_metrics(tmp_path)
     losses = {line["step"]: line["loss"] for line in lines if "loss" in line}
     assert len([line for line in lines if "eval/digits/acc1" in line]) == 3
