@@ -18,7 +18,7 @@ from clip_jax.training.config import RunConfig
 from clip_jax.training.run import run
 from clip_jax.training.state import Training, TrainState
 from clip_jax.training.storage import storage
-from clip_jax.workdir import REPORT, RESULTS, START, absolute, read_metrics
+from clip_jax.workdir import EVAL, EVAL_EMA, REPORT, RESULTS, START, absolute, read_metrics
 
 logger = logging.getLogger(__name__)
 
@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 class Evaluation:
     """What training calls every `eval_every` steps: accuracy, or of captioned images recall.
 
-    Before the first step of a run that starts from a model it says how long the run will take.
+    Where the run keeps an average of the weights, it is measured as well, under keys of its own. Before the first step of a run that starts from a model it says how long the run will take.
 
     Attributes:
       encoders: of the model that is trained.
@@ -42,10 +42,16 @@ class Evaluation:
             check(self.encoders, dataset)
 
     def __call__(self, state: TrainState) -> dict[str, float]:
-        results = [judge(self.encoders, state.variables, dataset) for dataset in self._datasets]
+        models = {EVAL: state.variables, **({EVAL_EMA: state.ema_variables} if state.ema else {})}
+        values = {
+            f"{prefix}{dataset.name}/{metric}": value
+            for prefix, variables in models.items()
+            for dataset in self._datasets
+            for metric, value in judge(self.encoders, variables, dataset).metrics.items()
+        }
         if self.held_out and not int(state.step):
             logger.info("%s", self._duration(state.variables))
-        return {f"eval/{result.dataset.name}/{k}": v for result in results for k, v in result.metrics.items()}
+        return values
 
     @property
     def _datasets(self) -> list[EvaluationSet]:
@@ -83,7 +89,8 @@ def _say_what_came_of_it(workdir: str, evaluation: Evaluation, state: TrainState
     """Compare the model before and after; all processes compute, the first one speaks."""
     _, start = together(partial(model_folder.read, absolute(workdir) / START))
     start = jax.device_put(start, jax.tree.map(lambda leaf: leaf.sharding, state.variables))
-    outcome = compare(evaluation.encoders, start, state.variables, evaluation.held_out, evaluation.references)
+    averaged = state.ema_variables if state.ema else None
+    outcome = compare(evaluation.encoders, start, state.variables, averaged, evaluation.held_out, evaluation.references)
     if not is_first():
         return
     from clip_jax.reports.before_after import write_before_after

@@ -25,7 +25,8 @@ logger = logging.getLogger(__name__)
 
 CHECKPOINTS, RUN_CONFIG, METRICS = "checkpoints", "config.json", "metrics.jsonl"
 START, HELD_OUT, RESULTS, REPORT = "start", "held_out.json", "results.json", "report.html"
-BEST = "@best"
+EVAL, EVAL_EMA = "eval/", "eval_ema/"  # what the keys of an evaluation begin with: of the weights, of their average
+BEST, EMA = "@best", "@ema"
 _SCORES = ("/acc1", "/image_retrieval_recall@1")  # a run is as good as the first of these says that it has
 
 
@@ -35,22 +36,34 @@ def absolute(path: epath.PathLike) -> epath.Path:
     return path if "://" in str(path) else path.resolve()
 
 
+def without_suffixes(path: epath.PathLike) -> tuple[str, bool, bool]:
+    """(the path alone, whether `@best` follows it, whether `@ema` comes last)."""
+    path = str(path)
+    rest = path.removesuffix(EMA)
+    return rest.removesuffix(BEST), rest.endswith(BEST), path.endswith(EMA)
+
+
 def is_meant(path: epath.PathLike) -> bool:
     """Whether `path` is a workdir, or asks for the best step of one."""
-    return str(path).endswith(BEST) or (absolute(path) / CHECKPOINTS).is_dir()
+    bare, best, _ = without_suffixes(path)
+    return best or (absolute(bare) / CHECKPOINTS).is_dir()
 
 
 def step_folder(path: epath.PathLike) -> epath.Path:
     """The newest step of a workdir, or the best of `WORKDIR@best`.
 
+    The best of `WORKDIR@best@ema` is the one whose average is best: what is judged is what is opened.
+
     Raises:
       UserError: no step is finished, or none was evaluated where the best is asked for.
     """
-    workdir = absolute(str(path).removesuffix(BEST))
+    bare, best, averaged = without_suffixes(path)
+    workdir = absolute(bare)
     steps = finished_steps(workdir)
-    step = best_step(workdir, steps) if str(path).endswith(BEST) else steps[-1]
+    step = best_step(workdir, steps, averaged) if best else steps[-1]
     if step is None:
-        raise UserError(f"no checkpoint in {workdir} was evaluated, so none is best; leave {BEST} out for the newest")
+        what = "average" if averaged else "checkpoint"
+        raise UserError(f"no {what} in {workdir} was evaluated, so none is best; leave {BEST} out for the newest")
     return workdir / CHECKPOINTS / str(step)
 
 
@@ -73,13 +86,13 @@ def steps_of(workdir: epath.PathLike) -> list[int]:
     return sorted(ocp.utils.checkpoint_steps(folder)) if folder.is_dir() else []
 
 
-def best_step(workdir: epath.PathLike, steps: Sequence[int]) -> int | None:
+def best_step(workdir: epath.PathLike, steps: Sequence[int], averaged: bool = False) -> int | None:
     """The one of `steps` whose score is highest, of equals the newest; None if none has any."""
-    found = scores(workdir, steps)
+    found = scores(workdir, steps, averaged)
     return max(found, key=lambda step: (found[step], step), default=None)
 
 
-def scores(workdir: epath.PathLike, steps: Sequence[int] | None = None) -> dict[int, float]:
+def scores(workdir: epath.PathLike, steps: Sequence[int] | None = None, averaged: bool = False) -> dict[int, float]:
     """How good a run was at its evaluated steps, ascending: top-1 accuracy averaged over the evaluation sets.
 
     Where no set has classes it is the recall of images by their captions. Steps are comparable only where the same sets
@@ -88,19 +101,19 @@ def scores(workdir: epath.PathLike, steps: Sequence[int] | None = None) -> dict[
     Args:
       workdir: of the run.
       steps: which of them; by default all.
+      averaged: whether to judge the moving average of the weights, not the weights themselves.
     """
-    values: dict[int, dict[str, float]] = {}
-    for line in read_metrics(workdir):
-        if steps is None or line["step"] in steps:
-            values.setdefault(line["step"], {}).update({key: line[key] for key in line if key.endswith(_SCORES)})
+    prefix = EVAL_EMA if averaged else EVAL
+    lines = [line for line in read_metrics(workdir) if steps is None or line["step"] in steps]
     for ending in _SCORES:
-        evaluated = {
-            step: {key: own[key] for key in own if key.endswith(ending)} for step, own in sorted(values.items())
-        }
-        evaluated = {step: own for step, own in evaluated.items() if own}
-        if evaluated:
-            sets = list(evaluated.values())[-1].keys()
-            return {step: np.mean(list(own.values())).item() for step, own in evaluated.items() if own.keys() == sets}
+        measured: dict[int, dict[str, float]] = {}
+        for line in sorted(lines, key=lambda line: line["step"]):
+            own = {key: line[key] for key in line if key.startswith(prefix) and key.endswith(ending)}
+            if own:
+                measured.setdefault(line["step"], {}).update(own)
+        if measured:
+            sets = list(measured.values())[-1].keys()
+            return {step: float(np.mean(list(own.values()))) for step, own in measured.items() if own.keys() == sets}
     return {}
 
 

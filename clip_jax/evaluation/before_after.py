@@ -22,7 +22,13 @@ from clip_jax.evaluation.zero_shot import ZeroShotResult, check_prompts, zero_sh
 logger = logging.getLogger(__name__)
 
 HALF = 0.5
-BEFORE, PROBE, AFTER, WISE_FT = "before, zero-shot", "before, linear probe", "fine-tuned", f"WiSE-FT, alpha {HALF:g}"
+MODELS = (
+    "before, zero-shot",
+    "before, linear probe",
+    "fine-tuned",
+    "fine-tuned, average of its weights",
+    f"WiSE-FT, alpha {HALF:g}",
+)
 RECALL = "image_retrieval_recall@1"  # what captioned images are judged by
 
 Judged = ZeroShotResult | RetrievalResult
@@ -36,6 +42,7 @@ class Outcome:
       before: of each data set, the result of the model that training started from.
       probes: of each data set, that of a linear probe of it; None where it has no classes, or is a reference.
       after: of each data set, the result of the model that training made.
+      averaged: of each data set, that of the moving average of its weights; empty where there is none.
       wise_ft: of each data set, that of the mean of both.
       scales: what the cosines of the models before and after are multiplied by.
     """
@@ -43,12 +50,14 @@ class Outcome:
     before: Sequence[Judged]
     probes: Sequence[LinearProbeResult | None]
     after: Sequence[Judged]
+    averaged: Sequence[Judged]
     wise_ft: Sequence[Judged]
     scales: tuple[float, float]
 
     def models(self) -> dict[str, Sequence[Judged | LinearProbeResult | None]]:
         """The results of each model by its name."""
-        return {BEFORE: self.before, PROBE: self.probes, AFTER: self.after, WISE_FT: self.wise_ft}
+        results = (self.before, self.probes, self.after, self.averaged, self.wise_ft)
+        return {model: own for model, own in zip(MODELS, results, strict=True) if own}
 
     def rows(self) -> list[Row]:
         """As `evaluate.py --output` writes them."""
@@ -84,6 +93,7 @@ def compare(
     encoders: Encoders,
     start: Variables,
     end: Variables,
+    averaged: Variables | None,
     held_out: Sequence[EvaluationSet],
     references: Sequence[EvaluationSet],
 ) -> Outcome:
@@ -93,17 +103,18 @@ def compare(
       encoders: of all of them.
       start: the weights that training started from.
       end: those that it made.
+      averaged: their moving average, if the run kept one.
       held_out: of what was trained on; linear probes are fitted to the images that training saw.
       references: what the model should still know.
     """
     datasets = [*held_out, *references]
-    before, after, wise_ft = (
-        [judge(encoders, variables, dataset) for dataset in datasets]
-        for variables in (start, end, interpolate(start, end, HALF))
+    before, after, of_average, wise_ft = (
+        [judge(encoders, variables, dataset) for dataset in datasets] if variables is not None else []
+        for variables in (start, end, averaged, interpolate(start, end, HALF))
     )
     probes = [*(_probe(encoders, start, dataset) for dataset in held_out), *[None] * len(references)]
     scales = tuple(float(np.exp(np.asarray(variables["params"]["logit_scale"]))) for variables in (start, end))
-    return Outcome(before, probes, after, wise_ft, scales)
+    return Outcome(before, probes, after, of_average, wise_ft, scales)
 
 
 def cells(outcome: Outcome) -> list[list[str]]:
