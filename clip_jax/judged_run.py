@@ -26,7 +26,8 @@ logger = logging.getLogger(__name__)
 class Evaluation:
     """What training calls every `eval_every` steps: accuracy, or of captioned images recall.
 
-    Where the run keeps an average of the weights, it is measured as well, under keys of its own. Before the first step of a run that starts from a model it says how long the run will take.
+    Where the run keeps an average of the weights, it is measured as well, under keys of its own. Before the first step
+    of a run that starts from a model it says how long the run will take.
 
     Attributes:
       encoders: of the model that is trained.

@@ -116,11 +116,11 @@ def test_a_run_keeps_what_it_started_from_and_goes_on_without_the_original(photo
 
     shutil.rmtree(source)
     shutil.rmtree(workdir / "checkpoints" / "3")
-    again = run(resolved(config_of(photos, source, workdir, **changes)), str(workdir))
+    again = run(resolved(config_of(photos, source, str(workdir), **changes)), str(workdir))
     for got, want in zip(jax.tree.leaves(again), jax.tree.leaves(state), strict=True):
         np.testing.assert_array_equal(np.asarray(got), np.asarray(want))
     with pytest.raises(UserError, match="source"):
-        config_of(photos, source, tmp_path / "another", **changes)
+        config_of(photos, source, str(tmp_path / "another"), **changes)
 
     (photos / "cups" / "0.png").rename(photos / "cups" / "zero.png")
     open_divided.cache_clear()
