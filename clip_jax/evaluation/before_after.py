@@ -44,6 +44,7 @@ class Outcome:
       after: of each data set, the result of the model that training made.
       averaged: of each data set, that of the moving average of its weights; empty where there is none.
       wise_ft: of each data set, that of the mean of both.
+      held_out: how many of the data sets, the first ones, are parts of what was trained on.
       scales: what the cosines of the models before and after are multiplied by.
     """
 
@@ -52,12 +53,13 @@ class Outcome:
     after: Sequence[Judged]
     averaged: Sequence[Judged]
     wise_ft: Sequence[Judged]
+    held_out: int
     scales: tuple[float, float]
 
     def models(self) -> dict[str, Sequence[Judged | LinearProbeResult | None]]:
         """The results of each model by its name."""
         results = (self.before, self.probes, self.after, self.averaged, self.wise_ft)
-        return {model: own for model, own in zip(MODELS, results, strict=True) if own}
+        return {model: own for model, own in zip(MODELS, results, strict=True) if any(own)}
 
     def rows(self) -> list[Row]:
         """As `evaluate.py --output` writes them."""
@@ -114,7 +116,7 @@ def compare(
     )
     probes = [*(_probe(encoders, start, dataset) for dataset in held_out), *[None] * len(references)]
     scales = tuple(float(np.exp(np.asarray(variables["params"]["logit_scale"]))) for variables in (start, end))
-    return Outcome(before, probes, after, of_average, wise_ft, scales)
+    return Outcome(before, probes, after, of_average, wise_ft, len(held_out), scales)
 
 
 def cells(outcome: Outcome) -> list[list[str]]:

@@ -5,16 +5,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Bool, Float
+from jaxtyping import Bool
 from matplotlib.figure import Figure
 from scipy.special import softmax
 
 from clip_jax.evaluation.before_after import Outcome, cells, key_of
+from clip_jax.evaluation.datasets import EvaluationSet
 from clip_jax.evaluation.ranks import own_ranks
 from clip_jax.evaluation.retrieval import RetrievalResult
 from clip_jax.evaluation.zero_shot import ZeroShotResult
 from clip_jax.reports.page import figure_url, write_page
-from clip_jax.reports.samples import thumbnail
+from clip_jax.reports.samples import spread, thumbnail
+from clip_jax.workdir import HELD_OUT
 
 SHOWN = 18  # pictures that changed for the better, and as many that changed for the worse
 
@@ -37,6 +39,8 @@ def write_before_after(path: str | Path, title: str, metrics: Sequence[Mapping[s
         lines=lines,
         curves=_curves(metrics, [key_of(result) for result in outcome.before]),
         sections=list(_sections(outcome)),
+        held_out=outcome.held_out,
+        split=HELD_OUT,
     )
 
 
@@ -53,75 +57,68 @@ def _classified(before: ZeroShotResult, after: ZeroShotResult, scales: tuple[flo
     names, labels = before.dataset.class_names, before.labels
     results = zip((before, after), scales, strict=True)
     probabilities = [softmax(scale * result.scores.astype(np.float64), axis=1) for result, scale in results]
-    predictions = [result.scores.argmax(axis=1) for result in (before, after)]
+    best = [values.argmax(axis=1) for values in probabilities]
 
     def words(when: int, index: int) -> str:
-        best = predictions[when][index]
-        return f"{names[best]} {100 * probabilities[when][index, best]:.0f}%"
+        prediction = best[when][index]
+        return f"{names[prediction]} {100 * probabilities[when][index, prediction]:.0f}%"
 
-    sureness = probabilities[1].max(axis=1)
-    return _section(
-        before, [best == labels for best in predictions], sureness, words, lambda index: names[labels[index]]
-    )
+    right = [predictions == labels for predictions in best]
+    return _section(before.dataset, right, words, lambda index: names[labels[index]])
 
 
 def _found(before: RetrievalResult, after: RetrievalResult) -> dict[str, Any]:
-    """Of each image the first caption that is a query for it."""
+    """Of each image the first caption is what looks for it."""
     numbers = np.arange(len(before.image_features))
     first = np.searchsorted(before.image_of_text, numbers)
     ranks = [
         own_ranks(result.text_features[first], result.image_features, numbers, numbers) for result in (before, after)
     ]
 
-    def words(when: int, index: int) -> str:
-        return f"rank {ranks[when][index] + 1:,}"
-
     def caption(index: int) -> str:
         return before.dataset.source[index].captions[0]
 
-    return _section(before, [rank == 0 for rank in ranks], -ranks[1].astype(np.float64), words, caption)
+    right = [own == 0 for own in ranks]
+    return _section(before.dataset, right, lambda when, index: f"rank {ranks[when][index] + 1:,}", caption)
 
 
 def _section(
-    result: ZeroShotResult | RetrievalResult,
+    dataset: EvaluationSet,
     right: Sequence[Bool[np.ndarray, "n"]],
-    sureness: Float[np.ndarray, "n"],
     words: Callable[[int, int], str],
     truth: Callable[[int], str],
 ) -> dict[str, Any]:
     """What the template shows of a data set.
 
     Args:
-      result: before; its data set has the pictures.
+      dataset: has the pictures.
       right: before and after, whether the model is right about each image.
-      sureness: of the model after, which decides what is shown first.
-      words: (0 before, 1 after; image) -> what the model says of it.
+      words: (0 before or 1 after, image) -> what the model says of it.
       truth: image -> what it should say.
     """
     before, after = right
 
     def pictures(among: Bool[np.ndarray, "n"]) -> list[dict[str, str]]:
-        indices = np.flatnonzero(among)
-        chosen = indices[np.argsort(-sureness[indices], kind="stable")][:SHOWN].tolist()
         return [
             {
-                "picture": thumbnail(result.dataset, index),
+                "picture": thumbnail(dataset, index),
                 "truth": truth(index),
                 "before": words(0, index),
                 "after": words(1, index),
             }
-            for index in chosen
+            for index in spread(np.flatnonzero(among), SHOWN).tolist()
         ]
 
     better, worse = ~before & after, before & ~after
     return {
-        "name": result.dataset.name,
+        "name": dataset.name,
         "images": len(before),
+        "trained": len(dataset.train()) if dataset.train else 0,
         "better": int(better.sum()),
         "worse": int(worse.sum()),
         "right": int((before & after).sum()),
         "wrong": int((~before & ~after).sum()),
-        "found": isinstance(result, RetrievalResult),
+        "by_caption": not dataset.class_names,
         "changed": [("From wrong to right", pictures(better)), ("From right to wrong", pictures(worse))],
     }
 
