@@ -58,16 +58,16 @@ def main(argv: Sequence[str]) -> None:
 
 
 def check_data(config: Any) -> None:
-    """Report what is damaged in the training data.
+    """Report what is damaged in the training data, and in what is held out of it.
 
     Raises:
       UserError: something is, and the run would stop at it.
     """
     from clip_jax.data.check import check
-    from clip_jax.data.sources import make_sources
+    from clip_jax.data.sources import held_out_of, make_sources
 
     sources, _ = make_sources(config.data, config.access)
-    results = check(sources)
+    results = check([*sources, *(source.divided()[1] for source in held_out_of(config.data).values())])
     for result in results:
         print("\n".join(result.lines()))
     damaged = sum(result.damage.total() for result in results)

@@ -82,12 +82,15 @@ def train(config: RunConfig, workdir: str) -> None:
 
     holds_out = bool(held_out_of(config.data))
     state = run(config, workdir, make_evaluate if holds_out or config.eval_datasets else None)
-    if holds_out and (absolute(workdir) / START).exists():
+    if holds_out and config.init.init_from:
         _say_what_came_of_it(workdir, evaluations[0], state)
 
 
 def _say_what_came_of_it(workdir: str, evaluation: Evaluation, state: TrainState) -> None:
     """Compare the model before and after; all processes compute, the first one speaks."""
+    if not (absolute(workdir) / START).exists():
+        logger.warning("%s is gone, so there is nothing to compare the model with", absolute(workdir) / START)
+        return
     _, start = together(partial(model_folder.read, absolute(workdir) / START))
     start = jax.device_put(start, jax.tree.map(lambda leaf: leaf.sharding, state.variables))
     averaged = state.ema_variables if state.ema else None

@@ -80,7 +80,7 @@ def row_of(result: "Result", model: str, pretrained: str) -> Row:
     return Row(dataset.name, model, result.task, metrics, pretrained, "en", main_metric, *counts)
 
 
-def write_rows(path: str | Path, rows: Sequence[Row]) -> None:
+def write_rows(path: epath.PathLike, rows: Sequence[Row]) -> None:
     """Write a table with a column for each metric, if the file's name ends in .csv; else a JSON list."""
     path, objects = epath.Path(path), [row.to_dict() for row in rows]
     if path.suffix.lower() != ".csv":

@@ -1,14 +1,13 @@
 """A page about the models between two others: WiSE-FT's picture, and a table."""
 
-from pathlib import Path
-
+from etils import epath
 from matplotlib.figure import Figure
 
 from clip_jax.evaluation.alpha_curve import AlphaCurve, cells
 from clip_jax.reports.page import figure_url, write_page
 
 
-def write_alpha_curve(path: str | Path, title: str, curve: AlphaCurve) -> None:
+def write_alpha_curve(path: epath.PathLike, title: str, curve: AlphaCurve) -> None:
     """Write the page; its folder is created."""
     heading, *lines = cells(curve)
     write_page(path, "alpha_curve.html", title=title, heading=heading, lines=lines, picture=_picture(curve))

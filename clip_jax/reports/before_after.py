@@ -1,10 +1,10 @@
 """A page about a fine-tuning: four models in one table, how accuracy and loss went, and which pictures changed."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
+from etils import epath
 from jaxtyping import Bool
 from matplotlib.figure import Figure
 from scipy.special import softmax
@@ -21,7 +21,9 @@ from clip_jax.workdir import HELD_OUT
 SHOWN = 18  # pictures that changed for the better, and as many that changed for the worse
 
 
-def write_before_after(path: str | Path, title: str, metrics: Sequence[Mapping[str, Any]], outcome: Outcome) -> None:
+def write_before_after(
+    path: epath.PathLike, title: str, metrics: Sequence[Mapping[str, Any]], outcome: Outcome
+) -> None:
     """Write the page; pictures are inside it, so that the one file can be sent to anyone.
 
     Args:

@@ -2,7 +2,6 @@
 
 import base64
 import io
-from pathlib import Path
 from typing import Any
 
 import jinja2
@@ -22,7 +21,7 @@ _TEMPLATES = jinja2.Environment(
 )
 
 
-def write_page(path: str | Path, template: str, **values: Any) -> None:
+def write_page(path: epath.PathLike, template: str, **values: Any) -> None:
     """Fill in a template of this folder and write it; the file's folder is created."""
     page = _TEMPLATES.get_template(template).render(thumbnail=THUMBNAIL, **values)
     path = epath.Path(path)
