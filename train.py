@@ -45,8 +45,9 @@ def main(argv: Sequence[str]) -> None:
         raise UserError("--plan_output writes what --plan TOPOLOGY makes; give both")
     if flags.plan:
         from clip_jax.planner.report import main_plan
+        from clip_jax.training.head import with_classes
 
-        main_plan(config, flags.plan, flags.plan_output)
+        main_plan(with_classes(config), flags.plan, flags.plan_output)
         return
     from clip_jax.distributed import together
     from clip_jax.judged_run import train
@@ -64,10 +65,13 @@ def check_data(config: Any) -> None:
       UserError: something is, and the run would stop at it.
     """
     from clip_jax.data.check import check
-    from clip_jax.data.sources import held_out_of, make_sources
+    from clip_jax.data.sources import held_out_of
+    from clip_jax.training.head import with_classes
+    from clip_jax.training.run import make_reader
 
-    sources, _ = make_sources(config.data, config.access)
-    results = check([*sources, *(source.divided()[1] for source in held_out_of(config.data).values())])
+    reader = make_reader(with_classes(config))
+    held_out = [source.divided()[1] for source in held_out_of(config.data).values()]
+    results = check([*reader.mixture.sources, *held_out], reader.target)
     for result in results:
         print("\n".join(result.lines()))
     damaged = sum(result.damage.total() for result in results)

@@ -7,14 +7,17 @@ from typing import Any
 import jax
 
 from clip_jax import model_folder
+from clip_jax.data.reader import TrainReader
 from clip_jax.data.sources import held_out_of
 from clip_jax.distributed import is_first, together
 from clip_jax.evaluation.before_after import check, compare, judge, table
 from clip_jax.evaluation.datasets import EvaluationSet, evaluation_set, held_out_sets
 from clip_jax.evaluation.encoders import make_encoders
+from clip_jax.evaluation.head import check_head_prompts, linear_probe_head, templates_for, zero_shot_head
 from clip_jax.evaluation.rows import write_rows
 from clip_jax.planner.duration import describe
 from clip_jax.training.config import RunConfig
+from clip_jax.training.initial_weights import StartHead
 from clip_jax.training.run import run
 from clip_jax.training.state import Training, TrainState
 from clip_jax.training.storage import storage
@@ -81,7 +84,8 @@ def train(config: RunConfig, workdir: str) -> None:
         return evaluations[0]
 
     holds_out = bool(held_out_of(config.data))
-    state = run(config, workdir, make_evaluate if holds_out or config.eval_datasets else None)
+    evaluated = holds_out or config.eval_datasets
+    state = run(config, workdir, make_evaluate if evaluated else None, start_of_head)
     if holds_out and config.init.init_from:
         _say_what_came_of_it(workdir, evaluations[0], state)
 
@@ -105,3 +109,14 @@ def _say_what_came_of_it(workdir: str, evaluation: Evaluation, state: TrainState
         write_before_after(report, f"Before and after: {workdir}", read_metrics(workdir), outcome)
     print(table(outcome))
     print(f"report: {report}")
+
+
+def start_of_head(config: RunConfig, training: Training, reader: TrainReader) -> StartHead:
+    """What makes the head of a run that starts from a model without one: a function of that model's weights."""
+    encoders, sources = make_encoders(training.model, training.partitioner), reader.mixture.sources
+    if config.init.head_from == "linear_probe":
+        return partial(linear_probe_head, encoders, sources=sources)
+    datasets = together(lambda: [evaluation_set(name, config.access) for name in config.eval_datasets])
+    templates = templates_for(config.model.classes, sources, datasets)
+    check_head_prompts(encoders, templates)
+    return partial(zero_shot_head, encoders, templates=templates)

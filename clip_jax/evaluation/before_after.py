@@ -13,6 +13,7 @@ import numpy as np
 from clip_jax.errors import UserError
 from clip_jax.evaluation.datasets import EvaluationSet
 from clip_jax.evaluation.encoders import Encoders, Variables
+from clip_jax.evaluation.head import TASK, classifies, classify_by_head, knows
 from clip_jax.evaluation.linear_probe import LinearProbeResult, linear_probe
 from clip_jax.evaluation.retrieval import RetrievalResult, zero_shot_retrieval
 from clip_jax.evaluation.rows import MISSING, Row, aligned, row_of, shown
@@ -29,6 +30,7 @@ MODELS = (
     "fine-tuned, average of its weights",
     f"WiSE-FT, alpha {HALF:g}",
 )
+BY_HEAD = "before, by its head"
 RECALL = "image_retrieval_recall@1"  # what captioned images are judged by
 
 Judged = ZeroShotResult | RetrievalResult
@@ -59,7 +61,8 @@ class Outcome:
     def models(self) -> dict[str, Sequence[Judged | LinearProbeResult | None]]:
         """The results of each model by its name."""
         results = (self.before, self.probes, self.after, self.averaged, self.wise_ft)
-        return {model: own for model, own in zip(MODELS, results, strict=True) if any(own)}
+        first = BY_HEAD if self.before[0].task == TASK else MODELS[0]
+        return {model: own for model, own in zip((first, *MODELS[1:]), results, strict=True) if any(own)}
 
     def rows(self) -> list[Row]:
         """As `evaluate.py --output` writes them."""
@@ -67,15 +70,19 @@ class Outcome:
 
 
 def judge(encoders: Encoders, variables: Variables, dataset: EvaluationSet) -> Judged:
-    """Classify the images zero-shot, or find them by their captions if they have no classes."""
-    task = zero_shot if dataset.class_names else zero_shot_retrieval
+    """Classify the images by the model's head where it can, else zero-shot; those without classes are retrieved."""
+    if knows(encoders.model.config.classes, dataset):
+        task = classify_by_head
+    else:
+        task = zero_shot if dataset.class_names else zero_shot_retrieval
     return task(encoders, variables, dataset, progress=False)
 
 
 def check(encoders: Encoders, dataset: EvaluationSet) -> None:
-    """Refuse, before anything is computed, what `judge` would refuse of the texts."""
+    """Refuse, before anything is computed, what `judge` would refuse of the texts; the log says what a head does."""
     if dataset.class_names:
         check_prompts(encoders, dataset)
+        classifies(encoders, dataset)
     elif not dataset.source[0].captions:
         raise UserError(f"{dataset.name} has neither named classes nor captions")
 

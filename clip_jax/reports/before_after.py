@@ -11,6 +11,7 @@ from scipy.special import softmax
 
 from clip_jax.evaluation.before_after import Outcome, cells, key_of
 from clip_jax.evaluation.datasets import EvaluationSet
+from clip_jax.evaluation.head import TASK
 from clip_jax.evaluation.ranks import own_ranks
 from clip_jax.evaluation.retrieval import RetrievalResult
 from clip_jax.evaluation.zero_shot import ZeroShotResult
@@ -57,6 +58,7 @@ def _sections(outcome: Outcome) -> Iterator[dict[str, Any]]:
 
 def _classified(before: ZeroShotResult, after: ZeroShotResult, scales: tuple[float, float]) -> dict[str, Any]:
     names, labels = before.dataset.class_names, before.labels
+    scales = (1.0, 1.0) if before.task == TASK else scales  # the scores of a head are logits already
     results = zip((before, after), scales, strict=True)
     probabilities = [softmax(scale * result.scores.astype(np.float64), axis=1) for result, scale in results]
     best = [values.argmax(axis=1) for values in probabilities]

@@ -12,9 +12,11 @@ from typing import Any
 
 from clip_jax.data.damage import Damaged
 from clip_jax.data.example import Source
-from clip_jax.data.sources import make_sources
 from clip_jax.errors import UserError
+from clip_jax.losses import LOSSES
 from clip_jax.training.config import RunConfig
+from clip_jax.training.head import with_classes
+from clip_jax.training.run import make_reader
 from clip_jax.training.run_config import config_to_continue
 from clip_jax.weights import architecture
 
@@ -37,7 +39,7 @@ def with_model(values: Mapping[str, Any], workdir: str | None) -> dict[str, Any]
     if "model" in values or not isinstance(init_from, str) or not init_from:
         return dict(values)
     try:
-        model = architecture(init_from).to_dict()
+        model = replace(architecture(init_from), classes=()).to_dict()  # a head is the run's own
     except UserError:
         previous = (config_to_continue(workdir) if workdir else None) or {}
         if previous.get("init_from") != init_from:
@@ -47,17 +49,19 @@ def with_model(values: Mapping[str, Any], workdir: str | None) -> dict[str, Any]
 
 
 def resolved(config: RunConfig) -> RunConfig:
-    """The configuration with the steps that its epochs are, and evaluations and checkpoints once an epoch if need be.
+    """The configuration with the classes of its head, the steps that its epochs are, and those of one epoch.
 
     The data is opened only if something depends on it.
 
     Raises:
       UserError: data that is missing, or has one caption only; or both epochs and total_steps.
     """
+    config = with_classes(config)
     if not config.epochs and config.eval_every and config.checkpoint_every:
         return config
-    sources, _ = make_sources(config.data, config.access)
-    check_captions_differ(sources)
+    sources = make_reader(config).mixture.sources
+    if LOSSES[config.loss].target == "text":
+        check_captions_differ(sources)
     examples = sum(map(len, sources))
     batch_size = min(config.batch_size, examples) if config.epochs else config.batch_size
     if batch_size < config.batch_size:
