@@ -16,6 +16,8 @@ def get_config() -> ConfigDict:
             "init_from": "ViT-B/32",
             "data": {"folder": {"path": "", "held_out": 0.2}},
             "repeated_captions": "ignored",
+            "running_statistics": True,  # of a ResNet, whose BatchNorm small batches would ruin
+            "remat": "full",  # a third more time, but it fits into a laptop's memory
             "augment": {"crop": "resized", "scale": (0.6, 1.0)},
             "batch_size": 64,
             "epochs": 10.0,

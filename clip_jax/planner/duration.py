@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from clip_jax.models import variable_shapes
-from clip_jax.planner.flops import image_flops, train_flops
+from clip_jax.planner.flops import forward_flops, image_flops, train_flops
 from clip_jax.training.config import RunConfig
 from clip_jax.training.parameters import split
 
@@ -22,7 +22,10 @@ def duration(run: RunConfig, images_per_second: float, judged: int) -> float:
       judged: images that each evaluation encodes.
     """
     flops_per_second = images_per_second * image_flops(run.model)
-    steps = run.total_steps * run.batch_size * train_flops(run) / flops_per_second
+    flops = train_flops(run)
+    if run.execution.remat == "full" or run.microbatches > 1:  # what has a backward pass is encoded twice
+        flops += (flops - forward_flops(run.model)) / 2
+    steps = run.total_steps * run.batch_size * flops / flops_per_second
     return steps + run.total_steps / run.eval_every * judged / images_per_second
 
 

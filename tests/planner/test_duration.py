@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from clip_jax.models import OPENAI_MODELS
+from clip_jax.models import OPENAI_MODELS, Execution
 from clip_jax.planner.duration import describe, duration
 from clip_jax.training.config import RunConfig
 
@@ -15,6 +15,8 @@ def test_a_step_costs_three_times_what_encoding_its_pairs_costs():
     """open_clip's table of profiles: 14.78 GFLOPs for a pair of ViT-B/32, of which 8.82 are the image's."""
     expected = 120 * 64 * 3 * 14.78 / 8.82 / 20 + 12 * 100 / 20
     assert duration(RUN, images_per_second=20.0, judged=100) == pytest.approx(expected, rel=0.01)
+    again = dataclasses.replace(RUN, execution=Execution(remat="full"))
+    assert duration(again, 20.0, 0) == pytest.approx(duration(RUN, 20.0, 0) * 4 / 3, rel=0.01)
 
 
 def test_the_words_say_what_is_cheaper():
