@@ -25,7 +25,8 @@ def _picture(curve: AlphaCurve) -> str:
         references = values[:, 1:].mean(axis=1)
         plane.plot(references, values[:, 0], marker="o")
         for number in (0, len(curve.alphas) // 2, len(curve.alphas) - 1):
-            plane.annotate(f"alpha {curve.alphas[number]:g}", (references[number], values[number, 0]), fontsize=8)
+            point, beside = (references[number], values[number, 0]), {"xytext": (5, -10), "textcoords": "offset points"}
+            plane.annotate(f"alpha {curve.alphas[number]:g}", point, fontsize=8, **beside)
         plane.set_xlabel(
             f"{curve.names[1] if values.shape[1] == 2 else 'mean of the references'} (%)", parse_math=False
         )
