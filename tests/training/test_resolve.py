@@ -99,7 +99,13 @@ def test_captions_that_are_all_equal_are_refused(source, tmp_path):
 def test_a_run_keeps_what_it_started_from_and_goes_on_without_the_original(photos, source, tmp_path):
     photos, source = (shutil.copytree(path, tmp_path / path.name) for path in (photos, source))
     workdir = tmp_path / "run"
-    changes = {"batch_size": 8, "epochs": 1, "optimizer.learning_rate": 1e-3, "optimizer.frozen": "logit_scale"}
+    changes = {
+        "batch_size": 8,
+        "epochs": 1,
+        "checkpoint_every": 1,
+        "optimizer.learning_rate": 1e-3,
+        "optimizer.frozen": "logit_scale",
+    }
     config = resolved(config_of(photos, source, **changes))
     model_folder.write(workdir / "start", tiny.VIT, tiny.variables(tiny.VIT))  # of a life that got to no checkpoint
     (workdir / "start.orbax-checkpoint-tmp-1").mkdir()
