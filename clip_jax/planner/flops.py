@@ -9,7 +9,7 @@ from itertools import pairwise
 
 from clip_jax.models import CLIPConfig, ResNetConfig, TextConfig, VisionTransformerConfig, variable_shapes
 from clip_jax.models.resnet import EXPANSION
-from clip_jax.training.config import RunConfig
+from clip_jax.training.config import RunConfig, frozen_patterns
 from clip_jax.training.parameters import split
 from clip_jax.training.step import patches_kept
 
@@ -17,10 +17,11 @@ from clip_jax.training.step import patches_kept
 def train_flops(run: RunConfig) -> int:
     """Of one example in a training step: both towers and its row of the similarity matrix, forward and backward.
 
-    A tower that is frozen as a whole has no backward pass.
+    A tower that is frozen as a whole has no backward pass. One that is frozen in part counts in full, which is too much
+    by the gradients of its frozen weights: with adapters on few kernels, by up to a third.
     """
     config = run.model
-    trained, _ = split(variable_shapes(config)["params"], run.optimizer.frozen)
+    trained, _ = split(variable_shapes(config)["params"], frozen_patterns(run))
     passes = {tower: 3 if tower in trained else 1 for tower in ("visual", "text")}
     image, text = _image(config), _text(config.text, config.embed_dim)
     if run.patch_dropout:

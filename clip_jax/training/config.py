@@ -15,6 +15,7 @@ from clip_jax.models import CLIP, CLIPConfig, Execution, VisionTransformerConfig
 from clip_jax.options import inline, kept_values, option
 from clip_jax.parallel import MeshConfig, make_partitioner
 from clip_jax.processing import Augment
+from clip_jax.training.adapters import AdapterConfig, adapted_paths
 from clip_jax.training.guard import GuardConfig
 from clip_jax.training.initial_weights import InitialWeights
 from clip_jax.training.optimizer import OptimizerConfig, make_optimizer
@@ -47,6 +48,7 @@ class RunConfig:
     )
     execution: Execution = inline(Execution())
     optimizer: OptimizerConfig = option(OptimizerConfig(), "AdamW")
+    adapters: AdapterConfig = option(AdapterConfig(), "low-rank adapters (LoRA), which are all that is trained then")
     guard: GuardConfig = option(GuardConfig(), "which steps are skipped, and when the run stops for them")
     running_statistics: bool = option(
         False, "whether BatchNorm normalises by running statistics, which then stay; it does in a tower that is frozen"
@@ -82,6 +84,13 @@ class RunConfig:
         for name in ("microbatches", "loss_tile", "keep_checkpoints", *steps):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.adapters.rank and not self.init.init_from:
+            raise UserError("adapters change a model that has been trained; say which with init_from")
+        if self.adapters.rank and self.optimizer.frozen:
+            raise UserError(
+                "adapters freeze all parameters by themselves; leave optimizer.frozen empty, and choose with "
+                "adapters.kernels what is adapted"
+            )
         if not self.stall_seconds > 0:
             raise UserError(f"stall_seconds must be above 0, got {self.stall_seconds}")
         if self.keep_every < 0:
@@ -96,7 +105,8 @@ def make_training(config: RunConfig, devices: list[jax.Device] | None = None) ->
     """
     params = variable_shapes(config.model)["params"]
     check_patterns(config.optimizer.frozen, paths_of(params), "optimizer.frozen", "parameter of the model")
-    trained, _ = split(params, config.optimizer.frozen)
+    frozen = frozen_patterns(config)
+    trained, _ = split(params, frozen)
     if not trained:
         raise UserError("optimizer.frozen leaves nothing to train; name less than all parameters")
     return Training(
@@ -108,12 +118,26 @@ def make_training(config: RunConfig, devices: list[jax.Device] | None = None) ->
         repeated_captions=config.repeated_captions,
         microbatches=config.microbatches,
         guard=config.guard,
-        frozen=config.optimizer.frozen,
-        running_statistics=config.running_statistics or "visual" not in trained,
+        frozen=frozen,
+        adapters=config.adapters,
+        running_statistics=config.running_statistics or config.adapters.rank > 0 or "visual" not in trained,
         patch_dropout=config.patch_dropout,
         seed=config.seed,
         ema_decay=config.ema_decay,
     )
+
+
+def frozen_patterns(config: RunConfig) -> tuple[str, ...]:
+    """Patterns of the paths of what is not trained; with adapters, all but the adapted kernels.
+
+    Raises:
+      UserError: the adapters do not fit the model.
+    """
+    if not config.adapters.rank:
+        return config.optimizer.frozen
+    params = variable_shapes(config.model)["params"]
+    adapted = adapted_paths(config.adapters, params)
+    return tuple(path for path in paths_of(params) if path not in adapted)
 
 
 def check_same_run(config: RunConfig, previous: RunConfig) -> None:

@@ -61,7 +61,7 @@ def start_from(init: InitialWeights, config: CLIPConfig, state: TrainState, froz
       init: what to take from where.
       config: of the model that is trained.
       state: fresh.
-      frozen: patterns of what is not trained, and so has no average.
+      frozen: patterns of what is not trained, and so has no average and no adapters.
 
     Raises:
       UserError: there is no such model, or it does not fit and nothing says that this may start fresh.
@@ -81,6 +81,7 @@ def start_from(init: InitialWeights, config: CLIPConfig, state: TrainState, froz
         params=variables["params"],
         batch_stats=variables.get("batch_stats", {}),
         ema=jax.tree.map(jnp.copy, trained) if state.ema else {},
+        adapters=state.adapters.replace(base=jax.tree.map(jnp.copy, trained)) if state.adapters else {},
     )
 
 
