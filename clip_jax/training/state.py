@@ -25,10 +25,9 @@ class Training:
       model: with its way of execution.
       optimizer: from `make_optimizer`.
       partitioner: the mesh and what is split over it.
-      loss: one of `LOSSES`.
-      loss_tile: rows of logits that a device holds at a time, at most.
-      repeated_captions: one of `REPEATED_CAPTIONS`.
-      frozen: patterns of the paths of parameters that are not trained; with adapters, all but the adapted kernels.
+      loss: one of `LOSSES`, with its options.
+      frozen: patterns of the paths of parameters that are not trained, those that the loss does not depend on among
+        them; with adapters, all but the adapted kernels.
       adapters: through which kernels are trained, if its rank is above 0.
       running_statistics: whether BatchNorm normalises by its running statistics, which then stay as they are.
       patch_dropout: share of the patches of each image that a ViT does not see.
@@ -43,8 +42,6 @@ class Training:
     optimizer: optax.GradientTransformation
     partitioner: Partitioner
     loss: Loss = SOFTMAX
-    loss_tile: int = 1024
-    repeated_captions: str = "negatives"
     microbatches: int = 1
     guard: GuardConfig = GuardConfig()
     frozen: tuple[str, ...] = ()
