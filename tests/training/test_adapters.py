@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.sharding import PartitionSpec
 
 from clip_jax import model_folder
 from clip_jax.errors import UserError
@@ -127,14 +128,16 @@ def test_a_killed_run_goes_on_bit_for_bit_and_over_another_mesh(adapted, tmp_pat
                 np.testing.assert_allclose(np.asarray(got), np.asarray(want), rtol=1e-4, atol=1e-5)
 
 
-def test_factors_are_split_like_their_kernels(adapted):
-    training = make_training(dataclasses.replace(adapted[1], mesh=MeshConfig(2, 2, 2)))
+def test_factors_are_split_like_their_kernels():
+    adapters = AdapterConfig(rank=2, kernels=("visual/*/query/kernel", "visual/*/out/kernel"))
+    config = dataclasses.replace(CONFIG, init=InitialWeights("MODEL"), adapters=adapters, mesh=MeshConfig(2, 2, 2))
+    training = make_training(config)
     shardings = flat(state_shardings(training).adapters.factors)
     blocks = "visual/transformer/resblocks/attn"
-    assert shardings[f"{blocks}/query/kernel/a"].spec == (None, "fsdp")
-    assert shardings[f"{blocks}/query/kernel/b"].spec == (None, None, "tensor")
-    assert shardings[f"{blocks}/out/kernel/a"].spec == (None, "tensor")
-    assert shardings[f"{blocks}/out/kernel/b"].spec == (None, None, "fsdp")
+    assert shardings[f"{blocks}/query/kernel/a"].spec == PartitionSpec(None, "fsdp")
+    assert shardings[f"{blocks}/query/kernel/b"].spec == PartitionSpec(None, None, "tensor")
+    assert shardings[f"{blocks}/out/kernel/a"].spec == PartitionSpec(None, "tensor")
+    assert shardings[f"{blocks}/out/kernel/b"].spec == PartitionSpec(None, None, "fsdp")
 
 
 @pytest.mark.parametrize(
