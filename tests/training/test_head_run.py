@@ -88,7 +88,8 @@ def test_a_linear_probe_head_predicts_as_scikit_learn(started, source, monkeypat
     monkeypatch.setattr(head, "choose_strength", lambda *_, **options: 0.01 if not options["bias"] else None)
     encoders, variables = started
     config = config_from(source, init={"head_from": "linear_probe"})
-    assert train.start_of_head(config, encoders, make_reader(config)).func is head.linear_probe_head
+    made = judged_run.start_of_head(config, make_training(config), make_reader(config))
+    assert made.func is head.linear_probe_head
     classifier = head.linear_probe_head(encoders, variables, [Digits("train")])
     variables = {"params": {**variables["params"], "classifier": classifier}}
     train_split, test = (
