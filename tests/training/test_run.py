@@ -293,17 +293,17 @@ def test_a_configuration_as_the_first_version_wrote_it_goes_on():
 
 def test_a_new_option_costs_one_line(undisturbed, monkeypatch, capsys):
     """An old workdir resumes, --help_config lists the option and an override sets it."""
-    options_added = [("patience", int, options.option(3, "how long it waits"))]
+    options_added = [("calm", int, options.option(3, "how long it waits"))]
     wider = dataclasses.make_dataclass("Wider", options_added, bases=(RunConfig,), frozen=True)
     values = {item.name: getattr(CONFIG, item.name) for item in dataclasses.fields(CONFIG)}
     workdir, state = undisturbed
     assert int(run(wider(**values), str(workdir)).step) == int(state.step)
-    assert json.loads((workdir / "config.json").read_text())["patience"] == 3
-    with pytest.raises(UserError, match="holds a run with patience=3, this one has 4"):
-        run(wider(**values, patience=4), str(workdir))
+    assert json.loads((workdir / "config.json").read_text())["calm"] == 3
+    with pytest.raises(UserError, match="holds a run with calm=3, this one has 4"):
+        run(wider(**values, calm=4), str(workdir))
 
     monkeypatch.setattr(config_module, "RunConfig", wider)
-    assert cli.load_config("demo", {"patience": "4"}).patience == 4
+    assert cli.load_config("demo", {"calm": "4"}).calm == 4
     with pytest.raises(SystemExit, match="0"):
         cli.parse(cli.argparse.ArgumentParser(), ["--help_config"])
-    assert "patience int = 3 how long it waits" in " ".join(capsys.readouterr().out.split())
+    assert "calm int = 3 how long it waits" in " ".join(capsys.readouterr().out.split())
