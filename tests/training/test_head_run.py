@@ -127,7 +127,7 @@ def test_the_model_folder_knows_its_classes_and_evaluation_asks_the_head(trained
     assert found.classes == CLASS_NAMES
     report = tmp_path / "report.html"
     assert evaluate.main(["--weights", str(workdir), "--datasets", "digits", "--report", str(report)]) == 0
-    (line,) = [line for line in read_metrics(workdir) if "eval/digits/acc1" in line]
+    *_, line = (line for line in read_metrics(workdir) if "eval/digits/acc1" in line)
     (row,) = [row for row in capsys.readouterr().out.splitlines() if "acc1" in row]
     assert row.split() == ["digits", "head_classification", "acc1", f"{line['eval/digits/acc1']:.4f}"]
     assert "digits, by the head" in report.read_text()
