@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from etils import epath
+
 from clip_jax.data.checked import read_file
 from clip_jax.errors import UserError
 from clip_jax.evaluation.registry import known_name, official_name, paper_values
@@ -78,9 +80,9 @@ def row_of(result: "Result", model: str, pretrained: str) -> Row:
     return Row(dataset.name, model, result.task, metrics, pretrained, "en", main_metric, *counts)
 
 
-def write_rows(path: str | Path, rows: Sequence[Row]) -> None:
+def write_rows(path: epath.PathLike, rows: Sequence[Row]) -> None:
     """Write a table with a column for each metric, if the file's name ends in .csv; else a JSON list."""
-    path, objects = Path(path), [row.to_dict() for row in rows]
+    path, objects = epath.Path(path), [row.to_dict() for row in rows]
     if path.suffix.lower() != ".csv":
         path.write_text(json.dumps(objects, indent=2, allow_nan=False) + "\n", encoding="utf-8")
         return
