@@ -49,7 +49,7 @@ def test_frozen_parts_stay_bit_for_bit_and_a_resumed_run_does_not_start_again(tm
     state = run(config, str(workdir), Evaluation)
     evaluate = Evaluation(config, make_training(config))
     averaged = evaluate(state.replace(params=state.ema_variables["params"]))
-    (logged,) = (line for line in read_metrics(workdir) if "eval/digits/acc1" in line)
+    _, logged = (line for line in read_metrics(workdir) if "eval/digits/acc1" in line)
     for metric in ("acc1", "mean_per_class_recall"):
         assert logged[f"eval_ema/digits/{metric}"] == averaged[f"eval/digits/{metric}"]
     before, after = (flatten_dict(tree, sep="/") for tree in (small["params"], load_variables(workdir)[1]["params"]))
