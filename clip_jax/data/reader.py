@@ -33,7 +33,7 @@ class Mixture:
     batch_size: int
 
     @property
-    def starts(self) -> Int64[np.ndarray, "sources+1"]:
+    def starts(self) -> Int64[np.ndarray, "starts"]:
         """The number of each source's first example, if those of all are counted through; then how many there are."""
         return np.cumsum([0, *map(len, self.sources)])
 

@@ -19,9 +19,13 @@ from tests.training.test_run import CONFIG
 
 FROZEN = OptimizerConfig(learning_rate=2e-3, warmup_steps=2, frozen=("visual/*",))
 ANEW = dataclasses.replace(
-    CONFIG, data={"digits": {"weight": 1.0}, "again": {"kind": "digits", "weight": 0.5}}, optimizer=FROZEN,
-    augment=Augment(crop="center"), microbatches=2, log_every=1,
-)  # fmt: skip
+    CONFIG,
+    data={"digits": {"weight": 1.0}, "again": {"kind": "digits", "weight": 0.5}},
+    optimizer=FROZEN,
+    augment=Augment(crop="center"),
+    microbatches=2,
+    log_every=1,
+)
 ONCE = dataclasses.replace(ANEW, cache_features=True)
 
 
