@@ -8,7 +8,8 @@
 SRC is an official name (RN50, RN101, RN50x4, RN50x16, RN50x64, ViT-B/32, ViT-B/16, ViT-L/14, ViT-L/14@336px); a .pt
 (TorchScript or state dict), .bin or .safetensors file; a folder of transformers or of open_clip; a name on the Hugging
 Face hub (ORG/NAME or hf-hub:ORG/NAME); a model folder; or a training workdir (its newest step), WORKDIR@best or one
-step's folder. DST must not exist: a file for openai, a folder for the other formats. Code in files is never executed.
+step's folder, each with @ema for the moving average of the weights. DST must not exist: a file for openai, a folder for
+the other formats. Code in files is never executed.
 """
 
 import argparse
@@ -18,7 +19,7 @@ import installed  # noqa: F401  (first: it says what to do where the requirement
 from clip_jax import cli
 from clip_jax.errors import UserError
 from clip_jax.models.config import ACTIVATIONS
-from clip_jax.weights.formats import WRITERS, load_variables, locate, save
+from clip_jax.weights.formats import WRITERS, load_variables, locate, save, without_head
 
 
 def main(argv: Sequence[str]) -> int:
@@ -31,7 +32,8 @@ def main(argv: Sequence[str]) -> int:
         choices=WRITERS,
         default="jax",
         help="jax: a folder for clip_jax.load (the default); openai: a float32 state dict for clip.model.build_model; "
-        "open_clip: a folder for local-dir:DST; huggingface: a folder for transformers.CLIPModel",
+        "open_clip: a folder for local-dir:DST; huggingface: a folder for transformers.CLIPModel; all but jax leave a "
+        "classification head out, which they have no place for",
     )
     parser.add_argument(
         "--verify",
@@ -67,7 +69,7 @@ def _verified(source: tuple, target: tuple) -> int:
     from clip_jax.weights.verify import report, verify
 
     (form, path), (_, other) = (target, source) if source[0] == "jax" else (source, target)
-    rows = verify(form, path, *load_variables(other))
+    rows = verify(form, path, *without_head(*load_variables(other)))
     print(report(rows))
     return 0 if all(row.within for row in rows) else 1
 
