@@ -3,10 +3,13 @@
 import json
 import logging
 import signal
+import subprocess
+import sys
 import threading
 
 import pytest
 
+from tests.multiprocess.processes import ROOT
 from tests.reliability.gcs import Gcs
 from tests.reliability.harness import live
 
@@ -70,3 +73,9 @@ def test_killed_continued_damaged_and_evaluated_in_a_bucket(storage, tmp_path):
     assert code == 0, said
     assert f"gs://bucket/{data} is damaged" in said and "resuming from step 6" in said
     assert any(name.startswith("run/damaged/9/") for name in names())
+    results = tmp_path / "results.json"
+    command = ["evaluate.py", "--weights", WORKDIR, "--datasets", "digits", "--output", results]
+    evaluated = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True, timeout=500)
+    assert evaluated.returncode == 0, evaluated.stderr
+    (row,) = json.loads(results.read_text())
+    assert row["pretrained"] == WORKDIR and 0 < row["metrics"]["acc1"] <= 1
