@@ -180,11 +180,10 @@ def test_what_only_another_process_finds_damaged_is_not_set_aside(workdir, like,
 
 def test_arrays_are_checked_even_where_the_files_are_as_they_were_written(workdir, like, tmp_path, monkeypatch):
     """Damage on the way from the devices to the disk."""
-    from clip_jax.training import checkpoints as module
-
-    true = module.digests
     with monkeypatch.context() as patched:
-        patched.setattr(module, "digests", lambda tree: dict.fromkeys(true(tree), "00000000"))
+        patched.setattr(
+            checkpoints_module, "start_digests", lambda tree: lambda: dict.fromkeys(start_digests(tree)(), "00000000")
+        )
         training = make_training(CONFIG)
         with closing(Checkpoints(tmp_path, CONFIG)) as checkpoints:
             checkpoints.save(1, initial_state(training, seed=0))
