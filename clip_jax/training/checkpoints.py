@@ -251,8 +251,8 @@ def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
 
 @jax.jit
 def is_finite(state: TrainState) -> Bool[Array, ""]:
-    """Of the model and its average. The moments of an accepted step are: its gradients and their squares were."""
-    leaves = jax.tree.leaves((state.params, state.batch_stats, state.ema))
+    """Of what is trained and its average. The moments of an accepted step are: its gradients and their squares were."""
+    leaves = jax.tree.leaves((state.params, state.batch_stats, state.ema, state.adapters))
     return jnp.stack([jnp.isfinite(leaf).all() for leaf in leaves]).all()
 
 
