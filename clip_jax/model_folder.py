@@ -48,6 +48,14 @@ def description_of(config: CLIPConfig, digests: Mapping[str, str]) -> dict[str, 
     return sealed({"version": VERSION, "model": config.to_dict(), "digests": digests})
 
 
+def items(config: CLIPConfig, variables: Any, digests: Mapping[str, str]) -> dict[str, Any]:
+    """What to save of a model, by item."""
+    import orbax.checkpoint as ocp
+
+    description = description_of(config, digests)
+    return {DESCRIPTION: ocp.args.JsonSave(description), VARIABLES: ocp.args.PyTreeSave(variables)}
+
+
 def write(folder: epath.PathLike, config: CLIPConfig, variables: Any) -> None:
     """Write a model; the folder appears when it is complete.
 
@@ -60,9 +68,7 @@ def write(folder: epath.PathLike, config: CLIPConfig, variables: Any) -> None:
     if folder.exists():
         raise UserError(f"{folder} exists already; remove it or choose another name")
     flat = {path: np.asarray(array, np.float32) for path, array in flatten_dict(variables, sep="/").items()}
-    description = description_of(config, {path: digest(array) for path, array in flat.items()})
-    variables = unflatten_dict(flat, sep="/")
-    saved = {DESCRIPTION: ocp.args.JsonSave(description), VARIABLES: ocp.args.PyTreeSave(variables)}
+    saved = items(config, unflatten_dict(flat, sep="/"), {path: digest(array) for path, array in flat.items()})
     try:
         with ocp.Checkpointer(ocp.CompositeCheckpointHandler(**handlers())) as checkpointer:
             checkpointer.save(folder, args=ocp.args.Composite(**saved))
