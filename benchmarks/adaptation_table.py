@@ -1,0 +1,112 @@
+"""The tables and the picture of `benchmarks.adaptation`, from the results that it kept."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import jax
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from benchmarks.machine import cpu
+
+RESULTS = Path(__file__).parent / "results"
+COLUMNS = ("new of 5", "new of 10", "old of 5", "old of 10", "shapes")
+_COUNTED = ("new of 10", "old of 10", "shapes")
+_SECONDS = "seconds"
+
+Seeds = Sequence[Mapping]  # what each seed gave: variant of the model -> column -> accuracy
+
+
+def kept_of(folder: Path, name: str, seeds: Sequence[int]) -> Seeds:
+    """The results of a method that are there."""
+    files = [folder / f"{name}-{seed}.json" for seed in seeds]
+    return [json.loads(file.read_text()) for file in files if file.exists()]
+
+
+def score(accuracies: Mapping[str, float]) -> float:
+    """What a rate is chosen by: the mean of the accuracies on new digits, on old ones and on shapes."""
+    return float(np.mean([accuracies[name] for name in _COUNTED]))
+
+
+def shown(values: Sequence[float]) -> str:
+    """Percent: the mean, and the range if there is one."""
+    mean, low, high = (100 * function(values) for function in (np.mean, min, max))
+    return f"{mean:.1f}" + (f" ({low:.1f}-{high:.1f})" if len(values) > 1 else "")
+
+
+def rows(name: str, seeds: Seeds) -> list[str]:
+    """The lines of a method: after its last step, and then of its variants."""
+    lines = []
+    for variant in (key for key in seeds[0] if key != _SECONDS):
+        accuracies = [seed[variant] for seed in seeds]
+        columns = [[each[column] for each in accuracies] for column in COLUMNS if column in accuracies[0]]
+        cells = [shown(values) for values in columns]
+        if set(_COUNTED) <= set(accuracies[0]):
+            cells.append(shown([score(each) for each in accuracies]))
+        cells += [""] * (len(COLUMNS) + 1 - len(cells))
+        seconds = "" if variant or _SECONDS not in seeds[0] else f"{np.mean([seed[_SECONDS] for seed in seeds]):.0f}"
+        lines.append(f"| {f'· {variant}' if variant else name} | {' | '.join(cells)} | {seconds} |")
+    return lines
+
+
+def table(kept: Mapping[str, Seeds]) -> list[str]:
+    """Of all methods that have results."""
+    head = ["method", *COLUMNS, "mean of three", "CPU seconds"]
+    lines = [f"| {' | '.join(head)} |", f"|---|{'---:|' * (len(head) - 1)}"]
+    return lines + [line for name, seeds in kept.items() if seeds for line in rows(name, seeds)]
+
+
+def draw(kept: Mapping[str, Seeds], file: Path) -> None:
+    """What was learned against what was kept: of each method a line from its last step over WiSE-FT to before."""
+    figure = Figure(figsize=(8, 6), layout="constrained")
+    axes = figure.add_subplot(xlabel="accuracy on new digits, among all ten", ylabel="mean of old digits and shapes")
+    points = {
+        name: [_point(seeds, variant) for variant in ("", "WiSE-FT") if variant in seeds[0]]
+        for name, seeds in kept.items()
+        if seeds and _COUNTED[0] in seeds[0][""]
+    }
+    before = points.pop("zero-shot", [])
+    axes.plot(*zip(*before, strict=True), "k*", markersize=14, label="zero-shot")
+    for number, (name, path) in enumerate(points.items()):
+        axes.plot(*zip(*path, *before, strict=True), color="lightgray", linewidth=0.8, zorder=0)
+        colour = axes.plot(*path[0], "os^Dvp"[number // 10], color=f"C{number % 10}", label=name)[0].get_color()
+        axes.plot(*zip(*path[1:], strict=True), "os^Dvp"[number // 10], color=colour, markerfacecolor="white")
+    axes.set_title("filled: after the last step; hollow: WiSE-FT, alpha 0.5; means of the seeds")
+    axes.legend(fontsize="small")
+    FigureCanvasAgg(figure).print_png(str(file))
+
+
+def _point(seeds: Seeds, variant: str) -> tuple[float, float]:
+    learned, old, shapes = (np.mean([seed[variant][column] for seed in seeds]) for column in _COUNTED)
+    return float(learned), float((old + shapes) / 2)
+
+
+def write(main: Mapping[str, Seeds], grid: Mapping[str, Seeds]) -> None:
+    """Write the page and its picture.
+
+    Args:
+      main: the results of each method, in order.
+      grid: those of each method at each rate, on the one seed of the grid.
+    """
+    count = max(map(len, main.values()), default=0)
+    lines = [
+        "# What was learned, and what was forgotten",
+        "",
+        f"`python -m benchmarks.adaptation`, {count} seeds; the rates by `python -m benchmarks.adaptation --grid`. "
+        f"{cpu()}; jax {jax.__version__}.",
+        "",
+        "Percent, the mean over the seeds and their range. [docs/fine-tuning.md](../../docs/fine-tuning.md) says what",
+        "was done and what it shows.",
+        "",
+        *table(main),
+        "",
+        "![what was learned against what was kept](adaptation.png)",
+        "",
+        "The grid on seed 0, from which each method's rate was taken by the mean of three:",
+        "",
+        *table(grid),
+    ]
+    (RESULTS / "adaptation.md").write_text("\n".join(lines) + "\n")
+    draw(main, RESULTS / "adaptation.png")
