@@ -8,7 +8,8 @@
 SRC is an official name (RN50, RN101, RN50x4, RN50x16, RN50x64, ViT-B/32, ViT-B/16, ViT-L/14, ViT-L/14@336px); a .pt
 (TorchScript or state dict), .bin or .safetensors file; a folder of transformers or of open_clip; a name on the Hugging
 Face hub (ORG/NAME or hf-hub:ORG/NAME); a model folder; or a training workdir (its newest step), WORKDIR@best or one
-step's folder. DST must not exist: a file for openai, a folder for the other formats. Code in files is never executed.
+step's folder, each with @ema for the moving average of the weights. DST must not exist: a file for openai, a folder for
+the other formats. Code in files is never executed.
 """
 
 import argparse

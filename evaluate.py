@@ -27,7 +27,7 @@ from clip_jax.evaluation.datasets import accepted_names, evaluation_set, expande
 from clip_jax.evaluation.rows import row_of, table, write_rows
 from clip_jax.platform import keep_compiled_programs
 from clip_jax.weights import available_models
-from clip_jax.workdir import BEST, read_metrics
+from clip_jax.workdir import read_metrics, without_suffixes
 
 if TYPE_CHECKING:
     from clip_jax.evaluation.tasks import Result
@@ -40,8 +40,8 @@ def main(argv: Sequence[str]) -> int:
         "--weights",
         metavar="W",
         help="an official name (ViT-B/32), a file of weights, a model folder of any known format, a training workdir "
-        "(its newest step; WORKDIR@best; a step's folder) or a name on the hub (ORG/NAME); default: the official "
-        "weights of the config's name",
+        "(its newest step; WORKDIR@best; a step's folder; each with @ema for the moving average) or a name on the hub "
+        "(ORG/NAME); default: the official weights of the config's name",
     )
     parser.add_argument("--datasets", metavar="A,B,C", help=f"{accepted_names()}; default: the config's eval_datasets")
     parser.add_argument(
@@ -122,7 +122,7 @@ def evaluate(flags: argparse.Namespace, config: Any, weights: str) -> int:
         return 1
     make_parents(flags)
     # Before the evaluation: a damaged line must not cost it.
-    metrics = on_first_process(partial(read_metrics, weights.removesuffix(BEST))) if flags.report else []
+    metrics = on_first_process(partial(read_metrics, without_suffixes(weights)[0])) if flags.report else []
     encoders, variables = load_encoders(weights, config)
     checked = []
     for task, dataset in jobs:

@@ -16,6 +16,7 @@ import installed  # noqa: F401  (first: it says what to do where the requirement
 from clip_jax import cli
 from clip_jax.errors import UserError
 from clip_jax.platform import keep_compiled_programs
+from clip_jax.workdir import EVAL, EVAL_EMA
 
 
 def main(argv: Sequence[str]) -> None:
@@ -74,7 +75,10 @@ def check_data(config: Any) -> None:
 
 
 def zero_shot_evaluation(config: Any, training: Any) -> Any:
-    """What training calls every `eval_every` steps: zero-shot accuracy on the config's data sets."""
+    """What training calls every `eval_every` steps: zero-shot accuracy on the config's data sets.
+
+    Where the run keeps an average of the weights, it is measured as well, under keys of its own.
+    """
     from clip_jax.distributed import together
     from clip_jax.evaluation.datasets import evaluation_set
     from clip_jax.evaluation.encoders import make_encoders
@@ -88,8 +92,13 @@ def zero_shot_evaluation(config: Any, training: Any) -> Any:
         check_prompts(encoders, dataset)
 
     def evaluate(state: Any) -> dict[str, float]:
-        results = {dataset.name: zero_shot(encoders, state.variables, dataset, progress=False) for dataset in datasets}
-        return {f"eval/{name}/{k}": v for name, result in results.items() for k, v in result.metrics.items()}
+        models = {EVAL: state.variables, **({EVAL_EMA: state.ema_variables} if training.ema_decay else {})}
+        return {
+            f"{prefix}{dataset.name}/{metric}": value
+            for prefix, variables in models.items()
+            for dataset in datasets
+            for metric, value in zero_shot(encoders, variables, dataset, progress=False).metrics.items()
+        }
 
     return evaluate
 

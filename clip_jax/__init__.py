@@ -29,7 +29,8 @@ def load(
     Args:
       name_or_path: one of `available_models()`, which is downloaded; a `.pt`, `.bin` or `.safetensors` file; a folder
         of transformers or of open_clip; a name on the Hugging Face hub, "ORG/NAME" or "hf-hub:ORG/NAME"; a model
-        folder; or a training workdir (its newest step), `WORKDIR@best`, or one step's folder.
+        folder; or a training workdir (its newest step), `WORKDIR@best`, or one step's folder, each with `@ema` after it
+        for the moving average of the weights.
       dtype: what the model computes in, "float32" or "bfloat16"; its parameters are float32.
       download_root: where official files are kept, instead of $CLIP_JAX_CACHE or ~/.cache/clip_jax.
       activation: "quick_gelu" or "gelu", for a bare file of weights that does not say which.

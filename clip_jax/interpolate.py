@@ -4,8 +4,8 @@
 
 With a zero-shot model A and what was fine-tuned from it B, alpha 0.5 mostly keeps what A knew of other images at little
 cost on B's. A and B are whatever clip_jax.load opens: an official name, a file or folder of weights, a name on the
-Hugging Face hub, a model folder, a training workdir (its newest step), WORKDIR@best or one step's folder. DST must not
-exist and becomes a model folder.
+Hugging Face hub, a model folder, a training workdir (its newest step), WORKDIR@best or one step's folder, each with
+@ema for the moving average of the weights. DST must not exist and becomes a model folder.
 """
 
 import argparse

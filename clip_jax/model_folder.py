@@ -4,7 +4,11 @@
   FOLDER/variables/                  the parameters, in Orbax's format
 
 Conversion writes it, and so does training at every checkpoint, with the training state beside it. Orbax restores
-flipped bits without a word; the digests, which also cover the description, do not let them pass.
+flipped bits without a word; the digests, which also cover the description, do not let them pass. `FOLDER@ema` is the
+model with the moving average of its weights, which a checkpoint may hold:
+
+  FOLDER/ema/            the averaged parameters
+  FOLDER/run/run.json    their digests
 """
 
 import zlib
@@ -20,11 +24,12 @@ from clip_jax.digests import digest
 from clip_jax.errors import DamagedFile, UserError
 from clip_jax.models import CLIPConfig, variable_shapes
 from clip_jax.sealed_json import check_seal, read_object, sealed
-from clip_jax.workdir import CHECKPOINTS, RUN_CONFIG, absolute
+from clip_jax.workdir import CHECKPOINTS, EMA, RUN_CONFIG, absolute, without_suffixes
 
 VERSION = 2
-DESCRIPTION, VARIABLES = "description", "variables"
+DESCRIPTION, VARIABLES, PARAMS = "description", "variables", "params"
 DESCRIPTION_FILE = "clip_jax.json"
+AVERAGE, RUN, RUN_FILE = "ema", "run", "run.json"  # what training puts beside the model
 
 Description = tuple[CLIPConfig, Callable[[str, np.ndarray], bool]]
 
@@ -69,14 +74,21 @@ def write(folder: epath.PathLike, config: CLIPConfig, variables: Any) -> None:
 def find(path: epath.PathLike) -> epath.Path | None:
     """The model folder that `path` means: itself, the newest step of a workdir, or its best step (`WORKDIR@best`).
 
+    A path that ends in `@ema` keeps that ending: `read` takes it.
+
     Raises:
-      UserError: a workdir without a finished checkpoint, or without an evaluated one where the best is asked for.
+      UserError: a workdir without a finished checkpoint, or without an evaluated one where the best is asked for; or
+        `@ema` after what is no model folder.
     """
-    if workdir.is_meant(path):
-        return workdir.step_folder(path)
-    folder = absolute(path)
+    bare, _, averaged = workdir.without_suffixes(path)
+    in_workdir = workdir.is_meant(path)
+    folder = workdir.step_folder(path) if in_workdir else absolute(bare)
     is_model = (folder / DESCRIPTION).is_dir() or (folder / DESCRIPTION_FILE).is_file() or _has_run_config(folder)
-    return folder if is_model else None
+    if in_workdir or is_model:
+        return epath.Path(f"{folder}{EMA}") if averaged else folder
+    if averaged:
+        raise UserError(f"{bare} is no training checkpoint, and only these keep an average; leave {EMA} out")
+    return None
 
 
 def read_config(folder: epath.PathLike) -> CLIPConfig:
@@ -85,38 +97,74 @@ def read_config(folder: epath.PathLike) -> CLIPConfig:
     Raises:
       UserError: the description is damaged, or of another version.
     """
-    return _describe(absolute(folder))[0]
+    return _describe(absolute(without_suffixes(folder)[0]))[0]
 
 
 def read(folder: epath.PathLike) -> tuple[CLIPConfig, Any]:
-    """The model in a folder: (config, variables as float32 NumPy arrays).
+    """The model in a folder: (config, variables as float32 NumPy arrays); of `FOLDER@ema` with averaged parameters.
 
     Raises:
-      UserError: of another version, damaged, or not the parameters that the description asks for.
+      UserError: of another version, damaged, or not the parameters that the description asks for; or there is no
+        average.
     """
-    folder = absolute(folder)
+    bare, _, averaged = without_suffixes(folder)
+    folder = absolute(bare)
     config, is_intact = _describe(folder)
     shapes = {path: leaf.shape for path, leaf in flatten_dict(variable_shapes(config), sep="/").items()}
-    stored = {path: _open_array(folder, path) for path in shapes}
-    variables = {}
+    averages = _read_averages(folder, shapes) if averaged else {}
+    rest = {path: shape for path, shape in shapes.items() if path not in averages}
+    return config, unflatten_dict(_read_arrays(folder, VARIABLES, rest, is_intact) | averages, sep="/")
+
+
+def _read_averages(folder: epath.Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
+    """The averaged arrays of a checkpoint by their path in the model; what was not trained has no average."""
+    file = folder / RUN / RUN_FILE
+    written = {}
+    if file.exists() or (folder / AVERAGE).exists():
+        values = _read_json(file, {"digests"})
+        check_seal(values, file)
+        written = values["digests"]
+    prefix = f"{AVERAGE}/"
+    digests = {name.removeprefix(prefix): value for name, value in written.items() if name.startswith(prefix)}
+    if not digests:
+        raise UserError(f"{folder} holds no average of the weights (a run with ema_decay keeps one); leave {EMA} out")
+    arrays = _read_arrays(
+        folder,
+        AVERAGE,
+        {path: shapes.get(f"{PARAMS}/{path}") for path in digests},
+        lambda path, array: digests[path] == digest(array),
+    )
+    return {f"{PARAMS}/{path}": array for path, array in arrays.items()}
+
+
+def _read_arrays(
+    folder: epath.Path,
+    item: str,
+    shapes: Mapping[str, tuple[int, ...] | None],
+    is_intact: Callable[[str, np.ndarray], bool],
+) -> dict[str, np.ndarray]:
+    """The arrays of one item, each checked."""
+    stored = {path: _open_array(folder, item, path) for path in shapes}
+    arrays = {}
     for path, shape in shapes.items():
+        name = f"{item}/{path}"
         try:
-            variables[path] = stored[path].result().read().result()
+            arrays[path] = stored[path].result().read().result()
         except ValueError as error:
-            raise DamagedFile(f"{folder} is damaged: {path} cannot be read ({str(error)[:300]}); {_ADVICE}") from error
-        if variables[path].shape != shape or not is_intact(path, variables[path]):
-            raise DamagedFile(f"{folder} is damaged: {path} is not what was written; {_ADVICE}")
-        if not np.isfinite(variables[path]).all():
-            raise UserError(f"{folder} holds no usable model: {path} has numbers that are NaN or infinite")
-    return config, unflatten_dict(variables, sep="/")
+            raise DamagedFile(f"{folder} is damaged: {name} cannot be read ({str(error)[:300]}); {_ADVICE}") from error
+        if arrays[path].shape != shape or not is_intact(path, arrays[path]):
+            raise DamagedFile(f"{folder} is damaged: {name} is not what was written; {_ADVICE}")
+        if not np.isfinite(arrays[path]).all():
+            raise UserError(f"{folder} holds no usable model: {name} has numbers that are NaN or infinite")
+    return arrays
 
 
-def _open_array(folder: epath.Path, path: str) -> Any:
+def _open_array(folder: epath.Path, item: str, path: str) -> Any:
     """The future of one array in Orbax's format. Orbax reads all at once, and cannot say which of them is damaged."""
     import tensorstore
 
     folder_url = f"{folder}" if "://" in str(folder) else f"file://{folder}"
-    store = {"driver": "ocdbt", "base": f"{folder_url}/{VARIABLES}/", "path": path.replace("/", ".") + "/"}
+    store = {"driver": "ocdbt", "base": f"{folder_url}/{item}/", "path": path.replace("/", ".") + "/"}
     return tensorstore.open({"driver": "zarr", "kvstore": store}, read=True)
 
 

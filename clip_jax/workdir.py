@@ -20,7 +20,8 @@ from clip_jax.errors import UserError
 logger = logging.getLogger(__name__)
 
 CHECKPOINTS, RUN_CONFIG, METRICS = "checkpoints", "config.json", "metrics.jsonl"
-BEST = "@best"
+EVAL, EVAL_EMA = "eval/", "eval_ema/"  # what the keys of an evaluation begin with: of the weights, of their average
+BEST, EMA = "@best", "@ema"
 
 
 def absolute(path: epath.PathLike) -> epath.Path:
@@ -29,22 +30,34 @@ def absolute(path: epath.PathLike) -> epath.Path:
     return path if "://" in str(path) else path.resolve()
 
 
+def without_suffixes(path: epath.PathLike) -> tuple[str, bool, bool]:
+    """(the path alone, whether `@best` follows it, whether `@ema` comes last)."""
+    path = str(path)
+    rest = path.removesuffix(EMA)
+    return rest.removesuffix(BEST), rest.endswith(BEST), path.endswith(EMA)
+
+
 def is_meant(path: epath.PathLike) -> bool:
     """Whether `path` is a workdir, or asks for the best step of one."""
-    return str(path).endswith(BEST) or (absolute(path) / CHECKPOINTS).is_dir()
+    bare, best, _ = without_suffixes(path)
+    return best or (absolute(bare) / CHECKPOINTS).is_dir()
 
 
 def step_folder(path: epath.PathLike) -> epath.Path:
     """The newest step of a workdir, or the best of `WORKDIR@best`.
 
+    The best of `WORKDIR@best@ema` is the one whose average is best: what is judged is what is opened.
+
     Raises:
       UserError: no step is finished, or none was evaluated where the best is asked for.
     """
-    workdir = absolute(str(path).removesuffix(BEST))
+    bare, best, averaged = without_suffixes(path)
+    workdir = absolute(bare)
     steps = finished_steps(workdir)
-    step = best_step(workdir, steps) if str(path).endswith(BEST) else steps[-1]
+    step = best_step(workdir, steps, averaged) if best else steps[-1]
     if step is None:
-        raise UserError(f"no checkpoint in {workdir} was evaluated, so none is best; leave {BEST} out for the newest")
+        what = "average" if averaged else "checkpoint"
+        raise UserError(f"no {what} in {workdir} was evaluated, so none is best; leave {BEST} out for the newest")
     return workdir / CHECKPOINTS / str(step)
 
 
@@ -67,14 +80,21 @@ def steps_of(workdir: epath.PathLike) -> list[int]:
     return sorted(ocp.utils.checkpoint_steps(folder)) if folder.is_dir() else []
 
 
-def best_step(workdir: epath.PathLike, steps: Sequence[int]) -> int | None:
+def best_step(workdir: epath.PathLike, steps: Sequence[int], averaged: bool = False) -> int | None:
     """The one of `steps` whose top-1 accuracy, averaged over the evaluation sets, is highest; None if none has any.
 
     Steps are comparable only where the same sets were measured: those of the newest evaluation count.
+
+    Args:
+      workdir: of the run.
+      steps: those to choose from.
+      averaged: whether to judge the moving average of the weights, not the weights themselves.
     """
+    prefix = EVAL_EMA if averaged else EVAL
     accuracies: dict[int, dict[str, float]] = {}
     for line in read_metrics(workdir):
-        accuracies.setdefault(line["step"], {}).update({key: line[key] for key in line if key.endswith("/acc1")})
+        measured = {key: line[key] for key in line if key.startswith(prefix) and key.endswith("/acc1")}
+        accuracies.setdefault(line["step"], {}).update(measured)
     evaluated = {step: values for step, values in sorted(accuracies.items()) if values and step in steps}
     sets = list(evaluated.values())[-1].keys() if evaluated else ()
     scores = {step: np.mean(list(values.values())) for step, values in evaluated.items() if values.keys() == sets}

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from contextlib import closing
 
 import jax
 import numpy as np
@@ -12,8 +13,13 @@ import clip_jax
 import convert_torch_weights
 import evaluate
 from clip_jax import model_folder
+from clip_jax.errors import DamagedFile, UserError
 from clip_jax.models import CLIPConfig, TextConfig, VisionTransformerConfig
-from clip_jax.weights import download, hub, save
+from clip_jax.training.checkpoints import Checkpoints
+from clip_jax.training.config import RunConfig
+from clip_jax.training.guard import GuardState
+from clip_jax.training.state import TrainState
+from clip_jax.weights import download, hub, load_variables, save
 from clip_jax.workdir import METRICS
 from tests import tiny
 
@@ -33,6 +39,9 @@ SOURCES = [
     "workdir's best step",
     "workdir's step folder",
     "workdir, before the model folder",
+    "workdir's average",
+    "average of the workdir's best step",
+    "average of a step's folder",
 ]
 
 
@@ -54,7 +63,19 @@ def written(tmp_path_factory):
     old = root / "old_run" / "checkpoints" / "7"
     shutil.rmtree(old / "description")
     (old / "_CHECKPOINT_METADATA").unlink()
+    _write_run_with_an_average(root / "averaged")
     return root
+
+
+def _write_run_with_an_average(workdir):
+    """The average is the model, but for the image tower, which is frozen and has none."""
+    params = VARIABLES["params"]
+    average = {name: leaf for name, leaf in params.items() if name != "visual"}
+    newest = jax.tree.map(lambda leaf: leaf / 2, average) | {"visual": params["visual"]}
+    state = TrainState(7, newest, {}, {}, GuardState(0, 0, None), average)
+    with closing(Checkpoints(workdir, RunConfig(name="averaged", model=CONFIG))) as checkpoints:
+        checkpoints.save(7, jax.tree.map(jax.numpy.asarray, state))
+    (workdir / METRICS).write_text('{"step": 7, "eval_ema/digits/acc1": 0.5}\n')
 
 
 def _leaves(tree, path=()):
@@ -82,6 +103,9 @@ def source(request, written, monkeypatch):
         "workdir's best step": f"{written / 'run'}@best",
         "workdir's step folder": written / "run" / "checkpoints" / "7",
         "workdir, before the model folder": written / "old_run",
+        "workdir's average": f"{written / 'averaged'}@ema",
+        "average of the workdir's best step": f"{written / 'averaged'}@best@ema",
+        "average of a step's folder": f"{written / 'averaged'}/checkpoints/7@ema",
     }[request.param]
 
 
@@ -106,3 +130,38 @@ def test_evaluation_opens_it_without_a_config(source, tmp_path):
     evaluate.main(["--weights", str(source), "--datasets", str(tmp_path / "photos"), "--output", str(results)])
     (row,) = json.loads(results.read_text())
     assert row["pretrained"] == str(source) and row["metrics"]["acc1"] == 0.5
+
+
+def test_one_flipped_bit_in_an_average_is_noticed_or_changes_nothing(written, tmp_path):
+    copy, named = tmp_path / "7", set()
+    shutil.copytree(written / "averaged" / "checkpoints" / "7", copy)
+    for file in sorted(path for path in (copy / "ema").rglob("*") if path.is_file()):
+        whole = file.read_bytes()
+        for place in (0.3, 0.7):
+            content = bytearray(whole)
+            content[int(place * len(content))] ^= 4
+            file.write_bytes(content)
+            try:
+                jax.tree.map(np.testing.assert_array_equal, load_variables(f"{copy}@ema")[1], VARIABLES)
+            except DamagedFile as error:
+                named.add(str(error).partition("is damaged: ")[2].partition(" ")[0])
+        file.write_bytes(whole)
+    assert any(name.startswith("ema/") for name in named), named
+
+
+def test_an_average_that_nobody_kept_or_that_was_lost_is_said(written, tmp_path):
+    for source, message in (
+        (written / "run", "holds no average of the weights"),
+        (written / "jax", "holds no average of the weights"),
+        (written / "open_clip", "is no training checkpoint"),
+        ("ViT-B/32", "is no training checkpoint"),
+        (f"{written / 'run'}@best", "no average in .* was evaluated"),
+    ):
+        with pytest.raises(UserError, match=message):
+            load_variables(f"{source}@ema")
+    for lost in ("ema", "run"):
+        copy = tmp_path / lost
+        shutil.copytree(written / "averaged" / "checkpoints" / "7", copy)
+        shutil.rmtree(copy / lost)
+        with pytest.raises(DamagedFile, match=f"{lost}/"):
+            load_variables(f"{copy}@ema")

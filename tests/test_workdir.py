@@ -48,3 +48,11 @@ def test_another_line_of_a_step_and_other_evaluation_sets_do_not_mislead(tmp_pat
         '{"step": 3, "eval/a/acc1": 0.4}\n'
     )
     assert best_step(tmp_path, [1, 2, 3]) == 2
+
+
+def test_the_average_of_the_weights_is_judged_by_its_own_accuracy(tmp_path):
+    (tmp_path / METRICS).write_text(
+        '{"step": 1, "eval/a/acc1": 0.5, "eval_ema/a/acc1": 0.9}\n'
+        '{"step": 2, "eval/a/acc1": 0.6, "eval_ema/a/acc1": 0.8}\n'
+    )
+    assert best_step(tmp_path, [1, 2]) == 2 and best_step(tmp_path, [1, 2], averaged=True) == 1

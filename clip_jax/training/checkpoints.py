@@ -20,11 +20,11 @@ from clip_jax import model_folder
 from clip_jax.digests import digests
 from clip_jax.distributed import is_first, of_every_process, on_first_process, together
 from clip_jax.errors import DamagedFile, RunStopped, UserError
-from clip_jax.model_folder import VARIABLES
+from clip_jax.model_folder import RUN, RUN_FILE, VARIABLES
 from clip_jax.training.config import RunConfig
 from clip_jax.training.manifest import check_manifest, file_names, write_manifest
 from clip_jax.training.state import TrainState
-from clip_jax.training.step_folder import RUN, RUN_FILE, check_rest, description_of, is_listed, rest_names, rest_of
+from clip_jax.training.step_folder import check_rest, description_of, is_listed, rest_names, rest_of
 from clip_jax.training.storage import storage
 from clip_jax.workdir import CHECKPOINTS, absolute, best_step
 
@@ -221,7 +221,8 @@ class _Keep:
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
         steps = [checkpoint.step for checkpoint in checkpoints]
-        kept = {*sorted(steps)[-self.newest :], best_step(self.workdir, steps)}
+        best = {best_step(self.workdir, steps, averaged) for averaged in (False, True)}
+        kept = {*sorted(steps)[-self.newest :], *best}
         return [step in kept or (self.every > 0 and step % self.every == 0) for step in steps]
 
 

@@ -12,7 +12,7 @@ from clip_jax.model_folder import DESCRIPTION, VARIABLES
 from clip_jax.sealed_json import read_object
 from clip_jax.training.step_folder import config_of_newest
 from clip_jax.training.storage import storage
-from clip_jax.workdir import BEST, RUN_CONFIG, absolute, steps_of, write_whole
+from clip_jax.workdir import BEST, EMA, RUN_CONFIG, absolute, steps_of, write_whole
 
 logger = logging.getLogger(__name__)
 
@@ -24,7 +24,7 @@ def make_workdir(workdir: epath.PathLike) -> None:
       UserError: it is a file, or cannot be created or written to.
     """
     root = absolute(workdir)
-    if (root / DESCRIPTION).exists() or (root / VARIABLES).exists() or str(workdir).endswith(BEST):
+    if (root / DESCRIPTION).exists() or (root / VARIABLES).exists() or str(workdir).endswith((BEST, EMA)):
         raise UserError(f"{workdir} names a model, not the workdir of a run; give another --workdir")
     try:
         root.mkdir(parents=True, exist_ok=True)

@@ -20,6 +20,7 @@ from etils import epath
 from clip_jax import model_folder
 from clip_jax.digests import digest
 from clip_jax.errors import DamagedFile
+from clip_jax.model_folder import RUN, RUN_FILE
 from clip_jax.options import to_dict
 from clip_jax.sealed_json import check_seal, read_object, sealed
 from clip_jax.training.config import RunConfig
@@ -27,7 +28,7 @@ from clip_jax.training.manifest import MANIFEST, check_manifest
 from clip_jax.training.state import TrainState
 from clip_jax.workdir import CHECKPOINTS, absolute, steps_of
 
-RUN, RUN_FILE, _VERSION = "run", "run.json", 1
+_VERSION = 1
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint")
 
 

@@ -31,7 +31,8 @@ def load_variables(
 
     Args:
       source: an official name ("ViT-B/32"), a `.pt`, `.bin` or `.safetensors` file, a folder of transformers or of
-        open_clip, a model folder, a workdir or a step of one, or a name on the hub ("ORG/NAME" or "hf-hub:ORG/NAME").
+        open_clip, a model folder, a workdir or a step of one (with "@ema" for its average), or a name on the hub
+        ("ORG/NAME" or "hf-hub:ORG/NAME").
       download_root: the cache of official files; see `platform.cache_folder` for the default.
       activation: "quick_gelu" or "gelu", for a bare file that does not say which.
       model_config: one of open_clip's `model_configs/NAME.json`, for a bare file whose tensors do not show what the
