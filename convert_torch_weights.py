@@ -19,7 +19,7 @@ import installed  # noqa: F401  (first: it says what to do where the requirement
 from clip_jax import cli
 from clip_jax.errors import UserError
 from clip_jax.models.config import ACTIVATIONS
-from clip_jax.weights.formats import WRITERS, load_variables, locate, save
+from clip_jax.weights.formats import WRITERS, load_variables, locate, save, without_head
 
 
 def main(argv: Sequence[str]) -> int:
@@ -32,7 +32,8 @@ def main(argv: Sequence[str]) -> int:
         choices=WRITERS,
         default="jax",
         help="jax: a folder for clip_jax.load (the default); openai: a float32 state dict for clip.model.build_model; "
-        "open_clip: a folder for local-dir:DST; huggingface: a folder for transformers.CLIPModel",
+        "open_clip: a folder for local-dir:DST; huggingface: a folder for transformers.CLIPModel; all but jax leave a "
+        "classification head out, which they have no place for",
     )
     parser.add_argument(
         "--verify",
@@ -68,7 +69,7 @@ def _verified(source: tuple, target: tuple) -> int:
     from clip_jax.weights.verify import report, verify
 
     (form, path), (_, other) = (target, source) if source[0] == "jax" else (source, target)
-    rows = verify(form, path, *load_variables(other))
+    rows = verify(form, path, *without_head(*load_variables(other)))
     print(report(rows))
     return 0 if all(row.within for row in rows) else 1
 

@@ -1,4 +1,4 @@
-"""Evaluate a CLIP model: zero-shot classification, retrieval by captions, linear probe and few-shot.
+"""Evaluate a CLIP model: its own head, zero-shot classification, retrieval by captions, linear probe and few-shot.
 
 python evaluate.py --config vit_b32 --datasets imagenet_v2 --output results.json
 python evaluate.py --weights runs/demo --datasets shapes,digits --report report.html
@@ -14,6 +14,7 @@ import argparse
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +27,7 @@ from clip_jax.evaluation import prompts
 from clip_jax.evaluation.datasets import accepted_names, evaluation_set, expanded
 from clip_jax.evaluation.rows import row_of, table, write_rows
 from clip_jax.platform import keep_compiled_programs
-from clip_jax.weights import available_models
+from clip_jax.weights import architecture, available_models
 from clip_jax.workdir import read_metrics, without_suffixes
 
 if TYPE_CHECKING:
@@ -47,8 +48,9 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument(
         "--tasks",
         metavar="A,B,C",
-        help="of zeroshot, retrieval, linear_probe, few_shot (these two need a training split); default: zeroshot "
-        "for a data set with named classes, retrieval for one with captions only",
+        help="of head (the model's own classifier, which must have all classes of the data set), zeroshot, retrieval, "
+        "linear_probe, few_shot (these two need a training split); default: the first that suits a data set, so "
+        "retrieval where there are captions only",
     )
     parser.add_argument(
         "--class_names", metavar="FILE", help="what the prompts call the classes of the one data set, a name a line"
@@ -107,6 +109,7 @@ def evaluate(flags: argparse.Namespace, config: Any, weights: str) -> int:
 
     from clip_jax.evaluation.tasks import chosen_tasks
 
+    classes = together(partial(architecture, weights)).classes
     access = config.access if config else Access(offline=flags.offline)
     class_names = together(partial(prompts.lines_of, flags.class_names)) if flags.class_names else ()
     templates = together(partial(prompts.templates_from, flags.templates)) if flags.templates else ()
@@ -117,7 +120,7 @@ def evaluate(flags: argparse.Namespace, config: Any, weights: str) -> int:
             dataset = together(partial(evaluation_set, name, access, class_names, templates))
             for asked in [[task] for task in names_in(flags.tasks)] or [[]]:
                 with tolerated(name, names, failed):
-                    jobs += [(task, dataset) for task in together(partial(chosen_tasks, dataset, asked))]
+                    jobs += [(task, dataset) for task in together(partial(chosen_tasks, dataset, asked, classes))]
     if not jobs:
         return 1
     make_parents(flags)
@@ -216,15 +219,16 @@ def load_encoders(weights: str, config: Any) -> tuple[Any, Any]:
     from clip_jax.training.state import abstract_variables
     from clip_jax.weights import load_variables
 
-    architecture, variables = together(partial(load_variables, weights))
-    if config and architecture != config.model:
-        found, expected = kept_values(architecture), kept_values(config.model)
+    found_model, variables = together(partial(load_variables, weights))
+    model_config = config and replace(config.model, classes=config.model.classes or found_model.classes)
+    if config and found_model != model_config:
+        found, expected = kept_values(found_model), kept_values(model_config)
         name = next(name for name in sorted({*found, *expected}) if found.get(name) != expected.get(name))
         raise UserError(
             f"{weights} holds another model than the config {config.name}: its {name} is {found.get(name)!r}, the "
             f"config's {expected.get(name)!r}; leave --config out"
         )
-    model = CLIP(architecture, config.execution if config else Execution())
+    model = CLIP(found_model, config.execution if config else Execution())
     partitioner = make_partitioner(config.mesh if config else MeshConfig())
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_variables(model, partitioner))
     return make_encoders(model, partitioner), jax.device_put(variables, shardings)

@@ -37,6 +37,9 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--plan_output", metavar="FILE.json", help="also write the plan here")
     cli.add_process_flags(parser)
     flags, config = cli.parse(parser, argv)
+    from clip_jax.training.head import with_classes
+
+    config = with_classes(config)
     if flags.check_data:
         check_data(config)
         return
@@ -53,7 +56,7 @@ def main(argv: Sequence[str]) -> None:
 
     keep_compiled_programs()
     cli.join_processes(flags)
-    run(config, flags.workdir, zero_shot_evaluation if config.eval_datasets else None)
+    run(config, flags.workdir, zero_shot_evaluation if config.eval_datasets else None, start_of_head)
 
 
 def check_data(config: Any) -> None:
@@ -63,10 +66,10 @@ def check_data(config: Any) -> None:
       UserError: something is, and the run would stop at it.
     """
     from clip_jax.data.check import check
-    from clip_jax.data.sources import make_sources
+    from clip_jax.training.run import make_reader
 
-    sources, _ = make_sources(config.data, config.access)
-    results = check(sources)
+    reader = make_reader(config)
+    results = check(reader.mixture.sources, reader.target)
     for result in results:
         print("\n".join(result.lines()))
     damaged = sum(result.damage.total() for result in results)
@@ -75,21 +78,24 @@ def check_data(config: Any) -> None:
 
 
 def zero_shot_evaluation(config: Any, training: Any) -> Any:
-    """What training calls every `eval_every` steps: zero-shot accuracy on the config's data sets.
+    """What training calls every `eval_every` steps: accuracy on the config's data sets.
 
-    Where the run keeps an average of the weights, it is measured as well, under keys of its own.
+    Images are classified by the model's head where it has all classes of the data set, and zero-shot elsewhere. Where
+    the run keeps an average of the weights, it is measured as well, under keys of its own.
     """
     from clip_jax.distributed import together
     from clip_jax.evaluation.datasets import evaluation_set
     from clip_jax.evaluation.encoders import make_encoders
+    from clip_jax.evaluation.head import classifies
     from clip_jax.evaluation.tasks import chosen_tasks
-    from clip_jax.evaluation.zero_shot import check_prompts, zero_shot
+    from clip_jax.evaluation.zero_shot import check_prompts
 
     encoders = make_encoders(training.model, training.partitioner)
     datasets = together(lambda: [evaluation_set(name, config.access) for name in config.eval_datasets])
     for dataset in datasets:
         chosen_tasks(dataset, ["zeroshot"])
         check_prompts(encoders, dataset)
+    classify = {dataset.name: classifies(encoders, dataset) for dataset in datasets}
 
     def evaluate(state: Any) -> dict[str, float]:
         models = {EVAL: state.variables, **({EVAL_EMA: state.ema_variables} if training.ema_decay else {})}
@@ -97,10 +103,28 @@ def zero_shot_evaluation(config: Any, training: Any) -> Any:
             f"{prefix}{dataset.name}/{metric}": value
             for prefix, variables in models.items()
             for dataset in datasets
-            for metric, value in zero_shot(encoders, variables, dataset, progress=False).metrics.items()
+            for metric, value in classify[dataset.name](encoders, variables, dataset, progress=False).metrics.items()
         }
 
     return evaluate
+
+
+def start_of_head(config: Any, training: Any, reader: Any) -> Any:
+    """What makes the head of a run that starts from a model without one: a function of that model's weights."""
+    from functools import partial
+
+    from clip_jax.distributed import together
+    from clip_jax.evaluation.datasets import evaluation_set
+    from clip_jax.evaluation.encoders import make_encoders
+    from clip_jax.evaluation.head import check_head_prompts, linear_probe_head, templates_for, zero_shot_head
+
+    encoders, sources = make_encoders(training.model, training.partitioner), reader.mixture.sources
+    if config.init.head_from == "linear_probe":
+        return partial(linear_probe_head, encoders, sources=sources)
+    datasets = together(lambda: [evaluation_set(name, config.access) for name in config.eval_datasets])
+    templates = templates_for(config.model.classes, sources, datasets)
+    check_head_prompts(encoders, templates)
+    return partial(zero_shot_head, encoders, templates=templates)
 
 
 if __name__ == "__main__":

@@ -100,6 +100,7 @@ def make_reader(kind: str, folder: Path) -> Any:
     from clip_jax.data.access import Access
     from clip_jax.data.reader import Mixture, TrainReader
     from clip_jax.data.sources import make_sources
+    from clip_jax.data.targets import Texts
     from clip_jax.processing import Augment, Preprocess
     from clip_jax.processing.tokenizers import OpenAITokenizer
 
@@ -110,7 +111,7 @@ def make_reader(kind: str, folder: Path) -> Any:
         "tfds": {"name": "bench"},
     }[kind]
     mixture = Mixture(*make_sources({kind: fields}, Access(str(folder))), 0, BATCH)
-    return TrainReader(mixture, Preprocess(RESOLUTION), OpenAITokenizer(), Augment())
+    return TrainReader(mixture, Preprocess(RESOLUTION), Texts(OpenAITokenizer()), Augment())
 
 
 def outside_pillow(folder: Path, count: int) -> float:
@@ -118,7 +119,7 @@ def outside_pillow(folder: Path, count: int) -> float:
     reader = make_reader("tar", folder)
     positions = np.arange(count)
     images = np.empty((count, RESOLUTION, RESOLUTION, 3), np.uint8)
-    texts = np.empty((count, reader.tokenizer.context_length), np.int32)
+    texts = np.empty((count, *reader.target.shape), np.int32)
     wholes, pillows = [], []
     for _ in range(5):  # the fastest of each, because both vary more than they differ
         began = time.process_time()

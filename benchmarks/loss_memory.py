@@ -30,7 +30,7 @@ from jax.experimental import topologies
 from jax.sharding import PartitionSpec as P
 from jax.stages import Compiled
 
-from clip_jax.losses import LOSSES, softmax_loss
+from clip_jax.losses import CONTRASTIVE, softmax_loss
 from clip_jax.parallel import MeshConfig, Partitioner, make_partitioner
 
 RESULTS = Path(__file__).parent / "results" / "loss_memory.md"
@@ -120,7 +120,7 @@ def pod() -> Partitioner:
 
 def ring(name: str, partitioner: Partitioner, tile: int, batch: int, dtype: jnp.dtype) -> Compiled:
     """A loss over the mesh, with its gradients."""
-    loss = LOSSES[name]
+    loss = CONTRASTIVE[name]
 
     def value(images, texts, *parameters):
         return loss.over_mesh(images, texts, dict(zip(loss.initial, parameters, strict=True)), partitioner, tile)
@@ -138,7 +138,7 @@ def compare_on_cpu() -> list[str]:
     for batch, tile in product(CPU_BATCHES, CPU_TILES):
         dense = partial(dense_local_loss, partitioner=partitioner)
         local = temporaries(compile_gradients(dense, partitioner, batch, jnp.float32))
-        softmax, sigmoid = (temporaries(ring(name, partitioner, tile, batch, jnp.float32)) for name in LOSSES)
+        softmax, sigmoid = (temporaries(ring(name, partitioner, tile, batch, jnp.float32)) for name in CONTRASTIVE)
         rows.append(f"| {batch:,} | {tile} | {local:,.1f} | {softmax:.1f} | {local / softmax:.0f}x | {sigmoid:.1f} |")
     return rows
 
@@ -154,7 +154,7 @@ def scale_on_tpu() -> list[str]:
         "|" + "---:|" * 8,
     ]
     for batch in TPU_BATCHES:
-        softmax, sigmoid = (ring(name, partitioner, TPU_TILE, batch, jnp.bfloat16) for name in LOSSES)
+        softmax, sigmoid = (ring(name, partitioner, TPU_TILE, batch, jnp.bfloat16) for name in CONTRASTIVE)
         count, overlapped, sent = transfers(softmax)
         dense = "does not fit"
         with contextlib.suppress(jax.errors.JaxRuntimeError):

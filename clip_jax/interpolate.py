@@ -3,7 +3,8 @@
   python -m clip_jax.interpolate ViT-B/32 runs/cups cups_half --alpha 0.5
 
 With a zero-shot model A and what was fine-tuned from it B, alpha 0.5 mostly keeps what A knew of other images at little
-cost on B's. A and B are whatever clip_jax.load opens: an official name, a file or folder of weights, a name on the
+cost on B's. A model with a classification head is interpolated with WORKDIR/start of its run, which has the head's
+first weights. A and B are whatever clip_jax.load opens: an official name, a file or folder of weights, a name on the
 Hugging Face hub, a model folder, a training workdir (its newest step), WORKDIR@best or one step's folder, each with
 @ema for the moving average of the weights. DST must not exist and becomes a model folder.
 """
@@ -45,6 +46,12 @@ def check_same_architecture(a: tuple[str, CLIPConfig], b: tuple[str, CLIPConfig]
     Raises:
       UserError: they differ; the message names in what.
     """
+    if a[1].classes != b[1].classes:
+        heads = " and ".join(f"{name} has {_head(config)}" for name, config in (a, b))
+        raise UserError(
+            f"only heads of the same classes can be interpolated, but {heads}; what a run started from, with the first "
+            "weights of its head, is WORKDIR/start"
+        )
     (a_name, ours), (b_name, theirs) = ((name, kept_values(config)) for name, config in (a, b))
     for field in sorted({**ours, **theirs}):
         if ours.get(field) != theirs.get(field):
@@ -52,6 +59,11 @@ def check_same_architecture(a: tuple[str, CLIPConfig], b: tuple[str, CLIPConfig]
                 f"only models that are alike can be interpolated, but {a_name} has {field}={ours.get(field)!r} and "
                 f"{b_name} has {theirs.get(field)!r}"
             )
+
+
+def _head(config: CLIPConfig) -> str:
+    names = ", ".join(config.classes[:3]) + ", ..." * (len(config.classes) > 3)
+    return f"one of {len(config.classes)} ({names})" if config.classes else "none"
 
 
 def main(argv: Sequence[str]) -> None:

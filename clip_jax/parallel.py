@@ -2,7 +2,7 @@
 
 Three mesh axes. The batch is split over `data` and `fsdp` together; `fsdp` also splits parameters and optimizer
 state along their `embed` (or `channels`) axis, gathered again where they are used; `tensor` splits attention heads,
-MLP widths and the vocabulary.
+MLP widths, the vocabulary and the classes of a head.
 """
 
 import math
@@ -33,6 +33,7 @@ RULES: Mapping[str, MeshAxes] = MappingProxyType(
         "heads": "tensor",
         "mlp": "tensor",
         "vocab": "tensor",
+        "classes": "tensor",
         **dict.fromkeys(("channels_in", "head_dim", "kernel_height", "kernel_width", "layers", "norm", "positions")),
         **dict.fromkeys(("features", "height", "length", "projection", "width")),
     }

@@ -64,14 +64,14 @@ import numpy as np
 from PIL import Image
 
 import clip_jax
-from clip_jax.losses import LOSSES
+from clip_jax.losses import CONTRASTIVE
 
 model, variables, preprocess = clip_jax.load(sys.argv[1])
 images = preprocess(Image.new("RGB", (40, 50)))[None]
 tokens = clip_jax.tokenize(["a diagram", "a dog"], context_length=16) % 512
 logits, _ = jax.jit(model.apply)(variables, images, tokens)
 assert logits.shape == (1, 2) and bool(jnp.isfinite(logits).all())
-for loss in LOSSES.values():
+for loss in CONTRASTIVE.values():
     features = jnp.eye(2)
     assert np.isfinite(loss.dense(features, features, *map(jnp.float32, loss.initial.values())))
 """

@@ -8,8 +8,9 @@ from functools import partial
 
 from tqdm import tqdm
 
-from clip_jax.data.damage import NO_CAPTION, Damaged, counted, image_damage, naming, of_example
+from clip_jax.data.damage import Damaged, counted, image_damage, naming, of_example
 from clip_jax.data.example import Example, Source, where
+from clip_jax.data.targets import Target
 from clip_jax.platform import usable_cores
 from clip_jax.processing.images import open_image
 
@@ -48,39 +49,38 @@ class Checked:
         return [heading, *(f"  {reason}: {text}" for reason, texts in self.examples.items() for text in texts)]
 
 
-def check(sources: Sequence[Source]) -> list[Checked]:
-    """Read and decode every image of every source, and look at its captions."""
-    return [_check(source) for source in sources]
+def check(sources: Sequence[Source], target: Target) -> list[Checked]:
+    """Read and decode every image of every source, and look at what training reads besides."""
+    return [_check(source, target) for source in sources]
 
 
-def _check(source: Source) -> Checked:
+def _check(source: Source, target: Target) -> Checked:
     found = Checked(source.name, len(source))
     for error in getattr(source, "damage", ()):
         found.add(error)
     chunks = [range(start, min(start + _CHUNK, len(source))) for start in range(0, len(source), _CHUNK)]
     bar = tqdm(total=len(source), desc=f"checking {source.name}", unit="sample", leave=False)
     with bar, ThreadPoolExecutor(usable_cores()) as pool:
-        for chunk, errors in zip(chunks, pool.map(partial(_errors, source), chunks), strict=True):
+        for chunk, errors in zip(chunks, pool.map(partial(_errors, source, target), chunks), strict=True):
             for error in errors:
                 found.add(error)
             bar.update(len(chunk))
     return found
 
 
-def _errors(source: Source, indices: range) -> list[Damaged]:
+def _errors(source: Source, target: Target, indices: range) -> list[Damaged]:
     errors = []
     for index in indices:
         try:
             with naming(where(source, index)):
-                _read(source[index])
+                _read(source, source[index], target)
         except Damaged as error:
             errors.append(error)
     return errors
 
 
-def _read(example: Example) -> None:
+def _read(source: Source, example: Example, target: Target) -> None:
     with of_example(example.key):
         with image_damage():
             open_image(example.image)
-        if not example.captions:
-            raise Damaged("caption", NO_CAPTION)
+        target.words(source, example)

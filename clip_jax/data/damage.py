@@ -16,6 +16,7 @@ REASONS = {
     "duplicate_key": "a second sample of the same name in one shard",
     "image": "an image that is missing or cannot be decoded",
     "caption": "a caption that is missing, empty or not UTF-8",
+    "label": "a label that is missing, or no class of its data set",
     "unreadable": "anything else that a source refuses",
 }
 

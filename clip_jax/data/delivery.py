@@ -59,7 +59,7 @@ class Threads:
         """See `Delivery`."""
         batch = _empty(self._reader, len(positions))
         futures = [
-            self._pool.submit(self._reader.read, positions[rows], batch["image"][rows], batch["text"][rows])
+            self._pool.submit(self._reader.read, positions[rows], *_rows(self._reader, batch, rows))
             for rows in _chunks(0, len(positions))
         ]
         self._pending.append((batch, futures))
@@ -135,16 +135,22 @@ def _chunks(first: int, end: int) -> list[slice]:
 
 
 def _empty(reader: TrainReader, size: int) -> Batch:
-    side, length = reader.preprocess.image_resolution, reader.tokenizer.context_length
-    return {"image": np.empty((size, side, side, 3), np.uint8), "text": np.empty((size, length), np.int32)}
+    side, target = reader.preprocess.image_resolution, reader.target
+    images = np.empty((size, side, side, 3), np.uint8)
+    return {"image": images, target.name: np.empty((size, *target.shape), np.int32)}
+
+
+def _rows(reader: TrainReader, batch: Batch, rows: slice) -> tuple[np.ndarray, np.ndarray]:
+    """Some rows of a batch's images and targets."""
+    return batch["image"][rows], batch[reader.target.name][rows]
 
 
 def _views(reader: TrainReader, memory: SharedMemory, size: int) -> Batch:
-    """A batch that lies in shared memory: texts first, whose numbers must be aligned."""
-    batch = _empty(reader, 0)
-    text = np.ndarray((size, *batch["text"].shape[1:]), np.int32, memory.buf)
-    image = np.ndarray((size, *batch["image"].shape[1:]), np.uint8, memory.buf, text.nbytes)
-    return {"image": image, "text": text}
+    """A batch that lies in shared memory: targets first, whose numbers must be aligned."""
+    side = reader.preprocess.image_resolution
+    target = np.ndarray((size, *reader.target.shape), np.int32, memory.buf)
+    image = np.ndarray((size, side, side, 3), np.uint8, memory.buf, target.nbytes)
+    return {"image": image, reader.target.name: target}
 
 
 _reader: TrainReader  # of a worker process
@@ -162,7 +168,7 @@ def _begin(reader: TrainReader, batch_size: int) -> None:
 def _read(memory_name: str, rows: slice, positions: Int64[np.ndarray, "n"]) -> Counter[str]:
     """Read some rows of a batch, in a worker process."""
     batch = _views(_reader, _attached(memory_name), _batch_size)
-    return _reader.read(positions, batch["image"][rows], batch["text"][rows])
+    return _reader.read(positions, *_rows(_reader, batch, rows))
 
 
 @functools.cache

@@ -1,6 +1,5 @@
-"""Positions of the global order in, pixels and tokens out: a pure function, whoever calls it, and where."""
+"""Positions of the global order in, pixels and tokens or labels out: a pure function, whoever calls it, and where."""
 
-import functools
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -8,13 +7,12 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Int32, Int64, UInt8
 
-from clip_jax.data.damage import NO_CAPTION, Damaged, image_damage, naming, of_example
+from clip_jax.data.damage import Damaged, image_damage, naming, of_example
 from clip_jax.data.example import Example, Source, where
 from clip_jax.data.order import mixture_index, replacement_index, sample_generator, sample_index, windowed_index
-from clip_jax.processing import Augment, Preprocess, Tokenizer
+from clip_jax.data.targets import Target
+from clip_jax.processing import Augment, Preprocess
 
-_CACHED_TEXTS = 2**16  # all captions of the embedded data sets
-_LONGEST_CACHED = 1000  # characters; texts of megabytes would fill the memory
 _ATTEMPTS = 100  # stand-ins for one position, before a source counts as broken altogether
 
 
@@ -23,7 +21,7 @@ class Mixture:
     """What a training run reads, and in which order.
 
     Attributes:
-      sources: the data sets to mix; each example needs a caption.
+      sources: the data sets to mix.
       weights: their relative weights.
       seed: fixes the order, the crops and the choice among several captions.
       batch_size: of all hosts together.
@@ -60,9 +58,9 @@ class Sample:
       source: the data set's name.
       index: of the example in its data set.
       key: what the data set calls it.
-      caption: the one that was drawn.
+      caption: the one that was drawn, or the name of the class.
       image: uint8, cropped and augmented.
-      tokens: of the caption.
+      target: tokens of the caption, or the number of the class.
     """
 
     source: str
@@ -70,7 +68,7 @@ class Sample:
     key: str
     caption: str
     image: UInt8[np.ndarray, "side side 3"]
-    tokens: Int32[np.ndarray, "context_length"]
+    target: Int32[np.ndarray, "*shape"]
 
 
 @dataclass(frozen=True)
@@ -80,14 +78,14 @@ class TrainReader:
     Attributes:
       mixture: what is read.
       preprocess: the model's.
-      tokenizer: the model's; longer captions are truncated.
+      target: what is read besides the images.
       augment: crops the images, and whatever else varies them.
       skip: whether a damaged sample is replaced by another one, which its position decides; else it is an error.
     """
 
     mixture: Mixture
     preprocess: Preprocess
-    tokenizer: Tokenizer
+    target: Target
     augment: Augment
     skip: bool = False
 
@@ -95,7 +93,7 @@ class TrainReader:
         self,
         positions: Int64[np.ndarray, "n"],
         images: UInt8[np.ndarray, "n side side 3"],
-        texts: Int32[np.ndarray, "n context_length"],
+        targets: Int32[np.ndarray, "n *shape"],
     ) -> Counter[str]:
         """Write the samples of some positions into arrays.
 
@@ -107,7 +105,7 @@ class TrainReader:
         """
         damage = Counter()
         for row, sample in enumerate(self.samples(positions, damage)):
-            images[row], texts[row] = sample.image, sample.tokens
+            images[row], targets[row] = sample.image, sample.target
         return damage
 
     def samples(self, positions: Int64[np.ndarray, "n"], damage: Counter[str]) -> Iterator[Sample]:
@@ -125,7 +123,7 @@ class TrainReader:
             try:
                 with naming(where(source, index)):
                     example = source[index]
-                    arrays = self._arrays(example, sample_generator(self.mixture.seed, position))
+                    arrays = self._arrays(source, example, sample_generator(self.mixture.seed, position))
                     return Sample(source.name, index, example.key, *arrays)
             except Damaged as error:
                 if not self.skip or attempt == _ATTEMPTS - 1:
@@ -134,27 +132,12 @@ class TrainReader:
                 index = replacement_index(self.mixture.seed, position, attempt, len(source))
 
     def _arrays(
-        self, example: Example, generator: np.random.Generator
-    ) -> tuple[str, UInt8[np.ndarray, "side side 3"], Int32[np.ndarray, "context_length"]]:
-        """The caption that is drawn, the pixels and the tokens."""
+        self, source: Source, example: Example, generator: np.random.Generator
+    ) -> tuple[str, UInt8[np.ndarray, "side side 3"], Int32[np.ndarray, "*shape"]]:
+        """The caption that is drawn, the pixels and the target."""
         with of_example(example.key):
             with image_damage():
                 image = self.augment(example.image, generator, self.preprocess)
-            caption = _choose_caption(example, generator)
-            return caption, image, _tokens(self.tokenizer, caption)
-
-
-def _tokens(tokenizer: Tokenizer, text: str) -> Int32[np.ndarray, "context_length"]:
-    tokenize = _cached_tokens if len(text) <= _LONGEST_CACHED else _cached_tokens.__wrapped__
-    return tokenize(tokenizer, text)
-
-
-@functools.lru_cache(_CACHED_TEXTS)
-def _cached_tokens(tokenizer: Tokenizer, text: str) -> Int32[np.ndarray, "context_length"]:
-    return tokenizer([text], truncate=True)[0]
-
-
-def _choose_caption(example: Example, generator: np.random.Generator) -> str:
-    if not example.captions:
-        raise Damaged("caption", NO_CAPTION)
-    return example.captions[generator.integers(len(example.captions))]
+            words = self.target.words(source, example)
+            word = words[generator.integers(len(words))]
+            return word, image, self.target.numbers(word)

@@ -4,8 +4,7 @@ A new kind costs one class and its line in `SOURCES`.
 """
 
 import math
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,6 +17,7 @@ from clip_jax.data.folder import open_folder
 from clip_jax.data.order import Windows
 from clip_jax.data.sharded import Fields, ShardedSource
 from clip_jax.data.shards import Shards
+from clip_jax.data.targets import Texts
 from clip_jax.errors import UserError
 from clip_jax.options import from_dict, option
 
@@ -199,27 +199,35 @@ SOURCES: dict[str, type[SourceConfig]] = {
 }
 
 
-def make_sources(config: Mapping[str, Any], access: Access = Access()) -> tuple[tuple[Source, ...], tuple[float, ...]]:
+def make_sources(
+    config: Mapping[str, Any],
+    access: Access = Access(),
+    check_source: Callable[[Source], Any] = Texts.check_source,
+) -> tuple[tuple[Source, ...], tuple[float, ...]]:
     """Build the sources that a training run mixes.
 
     Args:
       config: from the name of each source to its fields: `{"shapes": {"weight": 3.0}, "digits": {}}`.
       access: where TFDS keeps its data sets, and whether it may fetch missing ones.
+      check_source: that of a `Target`; refuses a source without what training reads, by default captions.
 
     Returns:
       the sources and their weights.
 
     Raises:
-      UserError: an unknown source or field, or data that is missing, empty or without captions.
+      UserError: an unknown source or field, or data that is missing, empty or refused by `check_source`.
     """
     if not config:
         raise UserError(f"data names no source: expected at least one of {', '.join(SOURCES)}")
     configs = {name: source_config(name, config[name]) for name in sorted(config)}  # the order decides the stream
     sources = {name: source.open(access) for name, source in configs.items()}
     for name, source in sources.items():
-        with suppress(Damaged):  # which says nothing of the others
-            if not source[0].captions:
-                raise UserError(f"data.{name} has no captions to train on; name their field in caption_field")
+        try:
+            check_source(source)
+        except Damaged:  # the first example, which says nothing of the others
+            continue
+        except UserError as error:
+            raise UserError(f"data.{name} {error}") from error
     return tuple(sources.values()), tuple(source.weight for source in configs.values())
 
 

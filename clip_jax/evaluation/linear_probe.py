@@ -109,14 +109,19 @@ def extract_splits(encoders: Encoders, variables: Variables, dataset: Evaluation
         source and extract(encoders, variables, source, progress) for source in (train, validation, dataset.source)
     )
     if validation is None:
-        held_out = rank_in_class(train.labels, seed=0) % _VALIDATION == _VALIDATION - 1
-        train, validation = train[~held_out], train[held_out]
+        train, validation = held_out_fifth(train)
     if not len(validation):
         raise UserError(
             f"{dataset.name}: expected at least {_VALIDATION} examples of some class to train on, a fifth of which "
             f"choose the regularisation; got {len(train)} examples"
         )
     return Splits(dataset, train, validation, test)
+
+
+def held_out_fifth(train: Features) -> tuple[Features, Features]:
+    """Training examples without a fifth of each class, and that fifth; empty where no class has five."""
+    held_out = rank_in_class(train.labels, seed=0) % _VALIDATION == _VALIDATION - 1
+    return train[~held_out], train[held_out]
 
 
 def _opened(dataset: EvaluationSet, split: Callable[[], Source] | None) -> Source | None:
@@ -143,13 +148,18 @@ def fit_probe(splits: Splits, partitioner: Partitioner, progress: bool = True) -
 
 
 def choose_strength(
-    train: Features, validation: Features, classes: int, partitioner: Partitioner, progress: bool = True
+    train: Features,
+    validation: Features,
+    classes: int,
+    partitioner: Partitioner,
+    progress: bool = True,
+    bias: bool = True,
 ) -> float:
     """The regularisation with the highest accuracy on validation examples, of equals that with the lowest loss.
 
     Every fit begins at zero, so that it does not depend on those before it.
     """
-    regression = LogisticRegression(train.values, train.labels, classes, partitioner)
+    regression = LogisticRegression(train.values, train.labels, classes, partitioner, bias)
 
     def quality(strength: float) -> tuple[float, float]:
         bar.update()

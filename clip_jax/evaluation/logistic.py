@@ -60,6 +60,7 @@ class LogisticRegression:
       labels: from 0 to classes - 1.
       classes: of the data set; some may have no example.
       partitioner: examples are split over the devices as a batch is.
+      bias: whether classes have one; without, it stays 0.
 
     Raises:
       UserError: features that are not finite, labels that are no classes, or fewer than two classes.
@@ -71,11 +72,12 @@ class LogisticRegression:
         labels: Int[np.ndarray, "n"],
         classes: int,
         partitioner: Partitioner,
+        bias: bool = True,
     ):
         _check(features, labels, classes)
         self._trained, targets = np.unique(labels, return_inverse=True)
         self._examples, self._width = features.shape
-        self._classes, self._replicated = classes, partitioner.replicated
+        self._classes, self._replicated, self._has_bias = classes, partitioner.replicated, bias
         self._features = _in_blocks(features, 0, partitioner)
         self._targets = _in_blocks(targets.astype(np.int32), _PADDING, partitioner)
         # No error of a prediction is larger than 1 but for rounding, so that no sum of gradients is than twice this.
@@ -107,6 +109,7 @@ class LogisticRegression:
             losses, parts = jax.device_get(self._evaluate(on_devices, self._features, self._targets))
             weights, gradient = parameters[:-1], self._sum.value(parts) / self._examples
             gradient[:-1] += penalty * weights
+            gradient[-1] *= self._has_bias
             # A step changes the loss by less than float32 holds of a sum.
             loss = losses.reshape(-1)[: self._examples].sum(dtype=np.float64) / self._examples
             loss += penalty / 2 * np.vdot(weights, weights)

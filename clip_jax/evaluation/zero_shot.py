@@ -4,7 +4,6 @@ import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -31,12 +30,13 @@ class ZeroShotResult:
       dataset: what was classified.
       scores: cosine similarities of images and classes; probabilities where an image can belong to several classes.
       labels: the true classes; or, of every class, whether an image belongs to it.
+      task: as CLIP_benchmark calls it; another one where the classifier was not made of texts.
     """
 
     dataset: EvaluationSet
     scores: Float[np.ndarray, "n classes"]
     labels: Int[np.ndarray, "n"] | Bool[np.ndarray, "n classes"]
-    task: ClassVar[str] = "zeroshot_classification"  # as CLIP_benchmark calls it
+    task: str = "zeroshot_classification"
 
     def __post_init__(self):
         if self.labels.ndim == 1:
@@ -131,8 +131,22 @@ def zero_shot(
     check_prompts(encoders, dataset)
     bar = f"{dataset.name}, prompts" if progress else ""
     classifier = make_classifier(encoders, variables, dataset.class_names, dataset.templates, bar)
+    return classify_examples(encoders, variables, dataset, classifier, dataset.name if progress else "")
+
+
+def classify_examples(
+    encoders: Encoders,
+    variables: Variables,
+    dataset: EvaluationSet,
+    classifier: Float[np.ndarray, "classes embed_dim"],
+    bar: str = "",
+) -> ZeroShotResult:
+    """Score every image of a data set by the rows of a classifier, one for each of its classes.
+
+    Raises:
+      UserError: an image that cannot be read, a missing label, scores that are not finite.
+    """
     several = len(dataset.class_names) if dataset.metric == SEVERAL_CLASSES else 0
-    bar = dataset.name if progress else ""
     images = encode_examples(encoders.encode_images, variables, dataset.source, encoders.preprocess, bar, several)
     cosines, classes = images.features @ classifier.T, images.labels
     if several:  # images are compared within a class: by probabilities (github.com/openai/CLIP/issues/153)
@@ -154,4 +168,4 @@ def _of_occurring(result: ZeroShotResult) -> ZeroShotResult:
         )
     names = tuple(result.dataset.class_names[number] for number in present.tolist())
     dataset = dataclasses.replace(result.dataset, class_names=names, occurring=0)
-    return ZeroShotResult(dataset, result.scores[:, present], labels)
+    return dataclasses.replace(result, dataset=dataset, scores=result.scores[:, present], labels=labels)

@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from clip_jax.losses.captions import Captions, Pairs, compare
-from clip_jax.losses.loss import Loss
+from clip_jax.losses.contrastive import Contrastive
 from clip_jax.losses.ring import Ring, add, feature_gradients, masked, paired_cosines, product, rotate
 
 
@@ -94,7 +94,7 @@ def _signs(pairs: Pairs):
 
 
 # SigLIP's start; neither its scale nor its bias has a bound (section 3.2, and big_vision's implementation).
-SIGMOID = Loss(
+SIGMOID = Contrastive(
     dense=sigmoid_loss,
     part=sigmoid_part,
     initial={"logit_scale": float(np.log(10)), "logit_bias": -10.0},

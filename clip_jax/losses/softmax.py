@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from clip_jax.losses.captions import Captions, Pairs, compare, less_targets
-from clip_jax.losses.loss import Loss
+from clip_jax.losses.contrastive import Contrastive
 from clip_jax.losses.ring import EMPTY, Ring, add, feature_gradients, masked, paired_cosines, product, rotate
 
 
@@ -142,7 +142,7 @@ def _merge_exp(a, b, scale):
 
 
 # The paper's first temperature, 0.07, and its bound: logits are never scaled by more than 100 (section 2.5).
-SOFTMAX = Loss(
+SOFTMAX = Contrastive(
     dense=softmax_loss,
     part=softmax_part,
     initial={"logit_scale": float(np.log(1 / 0.07))},

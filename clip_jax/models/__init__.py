@@ -1,6 +1,6 @@
 """The towers, and CLIP made of them; Flax Linen modules without state of their own."""
 
-from clip_jax.models.clip import CLIP, abstract_inputs, normalize, parameter_count, variable_shapes
+from clip_jax.models.clip import CLIP, abstract_inputs, class_logits, normalize, parameter_count, variable_shapes
 from clip_jax.models.config import (
     OPENAI_MODELS,
     CLIPConfig,
@@ -19,6 +19,7 @@ __all__ = [
     "TextConfig",
     "VisionTransformerConfig",
     "abstract_inputs",
+    "class_logits",
     "normalize",
     "parameter_count",
     "variable_shapes",

@@ -51,6 +51,9 @@ class CLIP(nn.Module):
         self.logit_scale = self.param("logit_scale", constant(FIRST_LOGIT_SCALE), ())
         if config.logit_bias:
             self.logit_bias = self.param("logit_bias", constant(0.0), ())
+        if config.classes:
+            shape = (len(config.classes), config.embed_dim)
+            self.classifier = self.param("classifier", constant(0.0, "classes", "projection"), shape)
 
     def __call__(
         self, images: Images, tokens: Tokens, train: bool = False
@@ -81,6 +84,17 @@ class CLIP(nn.Module):
         """Text features, not normalised, in the compute dtype."""
         self._check_bound("encode_text", "tokens")
         return self.text(self._checked_tokens(tokens))
+
+    def classify(self, images: Images) -> Float[Array, "images classes"]:
+        """Logits of the classes of `config.classes`, at least float32: a head on normalised image features.
+
+        Its rows are what WiSE-FT fine-tunes (arXiv 2109.01903, section 3): at first the zero-shot classifier's, times
+        exp(logit_scale).
+        """
+        self._check_bound("classify", "images")
+        if not self.config.classes:
+            raise UserError("this model has no classification head: its config.classes is empty")
+        return class_logits(normalize(self.encode_image(images)), self.classifier)
 
     def probe_features(self, images: Images) -> Float[Array, "images dim"]:
         """What a linear probe sees (paper appendix A.3): ViT: the class token before its projection, of the tower's
@@ -135,6 +149,13 @@ def normalize(features: Float[Array, "batch embed_dim"]) -> Float[Array, "batch 
     """Rows of unit L2 norm, computed and returned in at least float32 (no epsilon, as in the reference)."""
     features = at_least_float32(features)
     return features / jnp.linalg.norm(features, axis=-1, keepdims=True)
+
+
+def class_logits(
+    features: Float[Array, "batch embed_dim"], classifier: Float[Array, "classes embed_dim"]
+) -> Float[Array, "batch classes"]:
+    """What a head makes of normalised image features, at least float32."""
+    return jnp.matmul(at_least_float32(features), classifier.T, precision=jax.lax.Precision.HIGHEST)
 
 
 def abstract_inputs(

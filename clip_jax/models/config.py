@@ -126,10 +126,12 @@ class CLIPConfig:
     image_interpolation: str = option("bicubic", f"how images are resized: {', '.join(INTERPOLATIONS)}")
     image_resize: str = option("shortest", "shortest: the shorter side, squash: both; then the centre square is taken")
     image_resize_to: int = option(0, "length that these sides get, pixels; 0 for the side of the square")
+    classes: tuple[str, ...] = option((), "names of the classes of its classification head; empty for none")
 
     def __post_init__(self):
         object.__setattr__(self, "image_mean", tuple(self.image_mean))
         object.__setattr__(self, "image_std", tuple(self.image_std))
+        object.__setattr__(self, "classes", tuple(self.classes))
         _check_size("embed_dim", self.embed_dim, self.embed_dim, LARGEST_SIZE)
         for name in ("image_mean", "image_std"):
             values = getattr(self, name)
@@ -137,6 +139,7 @@ class CLIPConfig:
                 raise UserError(f"{name} must be three numbers, one per colour, got {values!r}")
         if not min(self.image_std) > 0:
             raise UserError(f"image_std must be above 0, got {self.image_std!r}")
+        _check_classes(self.classes)
         _check_choice("activation", self.activation, ACTIVATIONS)
         _check_choice("image_interpolation", self.image_interpolation, INTERPOLATIONS)
         _check_choice("image_resize", self.image_resize, RESIZES)
@@ -245,6 +248,14 @@ def _check_size(what: str, number: Any, value: Any, largest: int) -> None:
 def _check_divides(what: str, number: int, by_what: str, divisor: int) -> None:
     if number % divisor:
         raise UserError(f"{what} must be a multiple of {by_what}, got {number} and {divisor}")
+
+
+def _check_classes(classes: tuple[str, ...]) -> None:
+    if any(not isinstance(name, str) or not name for name in classes) or len(classes) == 1:
+        raise UserError(f"classes must be at least two names, got {classes!r:.200}")
+    if len(set(classes)) < len(classes):
+        twice = next(name for name in classes if classes.count(name) > 1)
+        raise UserError(f"classes must have a name each, but {twice!r} is there more than once")
 
 
 def _check_choice(what: str, value: str, choices: tuple[str, ...]) -> None:

@@ -22,7 +22,7 @@ from clip_jax.planner.schedule import estimate
 from clip_jax.planner.topologies import GIB, Topology
 from clip_jax.platform import WITHOUT_TPU
 from clip_jax.training.config import RunConfig, make_training
-from clip_jax.training.state import abstract_state
+from clip_jax.training.state import Training, abstract_state
 from clip_jax.training.step import make_train_step
 
 INSTALL = "pip install -r requirements-tpu.txt"
@@ -52,8 +52,7 @@ def make_plan(config: RunConfig, topology: Topology) -> Plan:
     partitioner, hosts = training.partitioner, len({device.process_index for device in devices})
     partitioner.check_batch_size(config.batch_size, config.microbatches, hosts)
     state = abstract_state(training)
-    images, tokens = abstract_inputs(config.model, config.batch_size, jnp.uint8, partitioner.batch_sharding)
-    batch = {"image": images, "text": tokens}
+    batch = _batch(training, config.batch_size)
     step = make_train_step(training)
     _progress(f"compiling {config.name}, batch {config.batch_size}, for {topology.name}; this takes a minute or more")
     start = time.perf_counter()
@@ -76,6 +75,15 @@ def make_plan(config: RunConfig, topology: Topology) -> Plan:
         stats.peak_memory_in_bytes,
     )
     return Plan(config, topology, memory, estimate(compiled.as_text(), topology.device), seconds)
+
+
+def _batch(training: Training, size: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """What a train step takes, as shapes."""
+    sharding = training.partitioner.batch_sharding
+    images, tokens = abstract_inputs(training.model.config, size, jnp.uint8, sharding)
+    labels = jax.ShapeDtypeStruct((size,), jnp.int32, sharding=sharding)
+    targets = {"text": tokens, "label": labels}
+    return {"image": images, training.loss.target: targets[training.loss.target]}
 
 
 def bytes_needed(message: str) -> int:

@@ -7,9 +7,10 @@ computed for nothing or could be left out are not considered: attention counts i
 
 from itertools import pairwise
 
+from clip_jax.losses import LOSSES
 from clip_jax.models import CLIPConfig, ResNetConfig, TextConfig, VisionTransformerConfig, variable_shapes
 from clip_jax.models.resnet import EXPANSION
-from clip_jax.training.config import RunConfig
+from clip_jax.training.config import RunConfig, frozen_patterns
 from clip_jax.training.parameters import split
 from clip_jax.training.step import patches_kept
 
@@ -17,14 +18,17 @@ from clip_jax.training.step import patches_kept
 def train_flops(run: RunConfig) -> int:
     """Of one example in a training step: both towers and its row of the similarity matrix, forward and backward.
 
-    A tower that is frozen as a whole has no backward pass.
+    A tower that is frozen as a whole has no backward pass. A head takes the place of the text tower and the matrix.
     """
     config = run.model
-    trained, _ = split(variable_shapes(config)["params"], run.optimizer.frozen)
+    trained, _ = split(variable_shapes(config)["params"], frozen_patterns(run))
     passes = {tower: 3 if tower in trained else 1 for tower in ("visual", "text")}
     image, text = _image(config), _text(config.text, config.embed_dim)
     if run.patch_dropout:
         image -= _of_patches_left_out(config.vision, patches_kept(config.vision, run.patch_dropout))
+    if LOSSES[run.loss].target == "label":
+        head = _matmul(1, config.embed_dim, len(config.classes))
+        return passes["visual"] * image + (1 + ("classifier" in trained) + ("visual" in trained)) * head
     similarities = 2 * run.batch_size * config.embed_dim
     products = 1 + sum(tower in trained for tower in passes)  # the matrix, and the gradients of those that have one
     return passes["visual"] * image + passes["text"] * text + products * similarities

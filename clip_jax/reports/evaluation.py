@@ -7,6 +7,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from clip_jax.evaluation.few_shot import FewShotResult
+from clip_jax.evaluation.head import TASK as HEAD
 from clip_jax.evaluation.linear_probe import LinearProbeResult
 from clip_jax.evaluation.retrieval import RetrievalResult
 from clip_jax.evaluation.zero_shot import ZeroShotResult
@@ -59,6 +60,7 @@ def _section(result: ZeroShotResult) -> dict[str, Any]:
     several = result.labels.ndim == 2
     return {
         "name": result.dataset.name,
+        "by_head": result.task == HEAD,
         "images": len(result.labels),
         "classes": len(result.dataset.class_names),
         "metrics": result.metrics,

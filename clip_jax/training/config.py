@@ -1,7 +1,7 @@
 """A run's configuration as frozen, checked values: the one list of what a config file can say."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -10,7 +10,7 @@ from clip_jax.data.access import Access
 from clip_jax.data.pipeline import InputConfig
 from clip_jax.data.sources import source_config
 from clip_jax.errors import UserError
-from clip_jax.losses import LOSSES, REPEATED_CAPTIONS
+from clip_jax.losses import LOSSES, REPEATED_CAPTIONS, Contrastive, CrossEntropy, Loss
 from clip_jax.models import CLIP, CLIPConfig, Execution, VisionTransformerConfig, variable_shapes
 from clip_jax.options import inline, kept_values, option
 from clip_jax.parallel import MeshConfig, make_partitioner
@@ -38,13 +38,17 @@ class RunConfig:
     batch_size: int = option(32_768, "examples in a step, over all devices")
     total_steps: int = option(390_625, "of the whole run; by default 32 epochs of 400 million pairs")
     microbatches: int = option(1, "pieces in which each device encodes its share; raise it when memory is short")
-    loss: str = option("softmax", f"{' or '.join(LOSSES)}; sigmoid goes with model.logit_bias")
+    loss: str = option(
+        "softmax",
+        f"{' or '.join(LOSSES)}; sigmoid goes with model.logit_bias, cross_entropy trains a classification head",
+    )
     loss_tile: int = option(1024, "rows of the similarity matrix in memory at a time, at most", may_change=True)
     repeated_captions: str = option(
         "negatives",
         "what the other images of a caption that the batch holds more than once are to it: negatives, positives "
         "(targets spread evenly) or ignored (left out)",
     )
+    label_smoothing: float = option(0.0, "share of a target that cross_entropy spreads over all classes")
     execution: Execution = inline(Execution())
     optimizer: OptimizerConfig = option(OptimizerConfig(), "AdamW")
     guard: GuardConfig = option(GuardConfig(), "which steps are skipped, and when the run stops for them")
@@ -69,11 +73,18 @@ class RunConfig:
         if self.repeated_captions not in REPEATED_CAPTIONS:
             choices = ", ".join(REPEATED_CAPTIONS)
             raise UserError(f"repeated_captions must be one of {choices}; got {self.repeated_captions!r}")
-        for name in ("ema_decay", "patch_dropout"):
+        for name in ("ema_decay", "patch_dropout", "label_smoothing"):
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"{name} must be at least 0 and below 1, got {getattr(self, name)}")
         if self.patch_dropout and not isinstance(self.model.vision, VisionTransformerConfig):
             raise UserError("patch_dropout leaves out patches of a ViT; a ResNet has none, so set it to 0")
+        if self.label_smoothing and self.loss != "cross_entropy":
+            raise UserError(f"label_smoothing is an option of the loss cross_entropy; set it to 0 with {self.loss}")
+        if self.model.classes and self.loss != "cross_entropy":
+            raise UserError(
+                f"model.classes makes a head, which the loss {self.loss} does not train; set loss to cross_entropy, or "
+                "leave the classes out"
+            )
         if not 0 <= self.seed < 2**32:
             raise UserError(f"seed must be at least 0 and below 2**32, got {self.seed}")
         if self.batch_size < 2:
@@ -96,24 +107,39 @@ def make_training(config: RunConfig, devices: list[jax.Device] | None = None) ->
     """
     params = variable_shapes(config.model)["params"]
     check_patterns(config.optimizer.frozen, paths_of(params), "optimizer.frozen", "parameter of the model")
-    trained, _ = split(params, config.optimizer.frozen)
+    frozen = frozen_patterns(config)
+    trained, _ = split(params, frozen)
     if not trained:
         raise UserError("optimizer.frozen leaves nothing to train; name less than all parameters")
     return Training(
         model=CLIP(config.model, config.execution),
         optimizer=make_optimizer(config.optimizer, config.total_steps),
         partitioner=make_partitioner(config.mesh, devices),
-        loss=LOSSES[config.loss],
-        loss_tile=config.loss_tile,
-        repeated_captions=config.repeated_captions,
+        loss=_loss(config),
         microbatches=config.microbatches,
         guard=config.guard,
-        frozen=config.optimizer.frozen,
+        frozen=frozen,
         running_statistics=config.running_statistics or "visual" not in trained,
         patch_dropout=config.patch_dropout,
         seed=config.seed,
         ema_decay=config.ema_decay,
     )
+
+
+def frozen_patterns(config: RunConfig) -> tuple[str, ...]:
+    """Of the paths of all parameters that a run does not train: by its wish, or because its loss does not see them."""
+    return (*config.optimizer.frozen, *LOSSES[config.loss].untrained)
+
+
+def _loss(config: RunConfig) -> Loss:
+    """The loss that a configuration names, with its options."""
+    match LOSSES[config.loss]:
+        case Contrastive() as loss:
+            return replace(loss, tile=config.loss_tile, repeated_captions=config.repeated_captions)
+        case CrossEntropy() as loss:
+            return replace(loss, label_smoothing=config.label_smoothing)
+        case loss:
+            return loss
 
 
 def check_same_run(config: RunConfig, previous: RunConfig) -> None:
@@ -132,7 +158,7 @@ def check_same_run(config: RunConfig, previous: RunConfig) -> None:
     for name in sorted(set(ours) | set(theirs)):
         if ours.get(name) != theirs.get(name):
             raise UserError(
-                f"the workdir holds a run with {name}={theirs.get(name)!r}, this one has {ours.get(name)!r}; "
+                f"the workdir holds a run with {name}={theirs.get(name)!r:.200}, this one has {ours.get(name)!r:.200}; "
                 "give another --workdir, or the same config"
             )
 

@@ -2,9 +2,10 @@
 
 import logging
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from operator import attrgetter
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +23,12 @@ from clip_jax.weights import load_variables
 logger = logging.getLogger(__name__)
 
 RESIZES = ("bicubic", "linear")
+HEADS = ("zeroshot", "linear_probe")
+
+_HEAD = ("params", "classifier")
+
+# Makes a classifier (classes, embed_dim) from the weights that a run starts from; all hosts call it together.
+StartHead = Callable[[Mapping[str, Any]], Float[np.ndarray, "classes embed_dim"]]
 
 # What shapes do not show and a model is wrong without, by the part of it that starts fresh if this may differ.
 _SETTINGS = {
@@ -47,14 +54,28 @@ class InitialWeights:
         "big_vision",
     )
 
+    head_from: str = option(
+        "zeroshot",
+        "how a head starts that the model to start from lacks: zeroshot (the embeddings of its classes' names times "
+        "exp(logit_scale), as in WiSE-FT) or linear_probe (a logistic regression on the training images, as in LP-FT)",
+    )
+
     def __post_init__(self):
+        if self.head_from not in HEADS:
+            raise UserError(f"head_from must be one of {', '.join(HEADS)}; got {self.head_from!r}")
         if self.init_resize not in RESIZES:
             raise UserError(f"init_resize must be one of {', '.join(RESIZES)}; got {self.init_resize!r}")
         if self.init_fresh and not self.init_from:
             raise UserError("init_fresh says what not to take from init_from; give init_from too")
 
 
-def start_from(init: InitialWeights, config: CLIPConfig, state: TrainState, frozen: Iterable[str]) -> TrainState:
+def start_from(
+    init: InitialWeights,
+    config: CLIPConfig,
+    state: TrainState,
+    frozen: Iterable[str],
+    start_head: StartHead | None = None,
+) -> TrainState:
     """A fresh state with the weights of the model `init.init_from`; every host reads it, devices get their parts.
 
     Args:
@@ -62,6 +83,7 @@ def start_from(init: InitialWeights, config: CLIPConfig, state: TrainState, froz
       config: of the model that is trained.
       state: fresh.
       frozen: patterns of what is not trained, and so has no average.
+      start_head: makes the model's head, if it has one that `init.init_from` lacks.
 
     Raises:
       UserError: there is no such model, or it does not fit and nothing says that this may start fresh.
@@ -76,6 +98,10 @@ def start_from(init: InitialWeights, config: CLIPConfig, state: TrainState, froz
 
     flat = {path: placed(path, leaf) for path, leaf in flatten_dict(state.variables).items()}
     variables = unflatten_dict(flat)
+    if config.classes and _HEAD not in weights:
+        logger.info("a head of %d classes starts from head_from=%s", len(config.classes), init.head_from)
+        weights = {_HEAD: start_head(variables)}
+        variables["params"]["classifier"] = placed(_HEAD, flat[_HEAD])
     trained, _ = split(variables["params"], frozen)
     return state.replace(
         params=variables["params"],
@@ -96,10 +122,13 @@ def fitted_weights(init: InitialWeights, config: CLIPConfig) -> dict[tuple[str, 
     check_patterns(init.init_fresh, names.values(), "init_fresh", "parameter of either model")
     _check_settings(init, theirs, config)
     weights, resized, fresh, misfits = {}, [], [], []
+    head = _head(init, theirs, found.get(_HEAD), config)
     for path, name in names.items():
         have, want = (tree[path].shape if path in tree else None for tree in (found, wanted))
         what = f"{name} {'missing' if have is None else have} -> {'none' if want is None else want}"
-        if matches(name, init.init_fresh):
+        if path == _HEAD and want:
+            weights |= {} if head is None else {_HEAD: head}
+        elif matches(name, init.init_fresh):
             fresh.append(what)
         elif have == want:
             weights[path] = found[path]
@@ -108,6 +137,11 @@ def fitted_weights(init: InitialWeights, config: CLIPConfig) -> dict[tuple[str, 
             resized.append(what)
         else:
             misfits.append(what)
+    if config.classes and head is None and init.head_from == "zeroshot" and any(map(_of_text, fresh)):
+        raise UserError(
+            "a head that starts zero-shot is made of texts, so the text tower cannot start fresh: leave it out of "
+            "init_fresh, or take head_from=linear_probe"
+        )
     if misfits:
         more = f" and {len(misfits) - 3} more" if len(misfits) > 3 else ""
         raise UserError(
@@ -119,6 +153,18 @@ def fitted_weights(init: InitialWeights, config: CLIPConfig) -> dict[tuple[str, 
         if arrays:
             logger.info("%s: %s", what, ", ".join(arrays))
     return weights
+
+
+def _head(
+    init: InitialWeights, theirs: CLIPConfig, classifier: np.ndarray | None, ours: CLIPConfig
+) -> Float[np.ndarray, "classes embed_dim"] | None:
+    """The head of the model to start from, in the order of our classes; None where a new one is to be made."""
+    if classifier is None or not ours.classes or matches(_HEAD[-1], init.init_fresh):
+        return None
+    if odd := {*theirs.classes} ^ {*ours.classes}:
+        logger.info("the head of %s has other classes (%r differs) and is left out", init.init_from, min(odd))
+        return None
+    return classifier[[theirs.classes.index(name) for name in ours.classes]]
 
 
 def resize_grid(
@@ -155,9 +201,12 @@ def resize_context(positions: Float[np.ndarray, "length width"], length: int) ->
     return np.asarray(jax.image.resize(positions, (length, positions.shape[1]), "linear", antialias=False))
 
 
+def _of_text(name: str) -> bool:
+    return name.startswith("text/")
+
+
 def _resized(name: str, positions: np.ndarray, tokens: int, resize: str) -> np.ndarray:
-    is_text = name.startswith("text/")
-    return resize_context(positions, tokens) if is_text else resize_grid(positions, tokens, resize)
+    return resize_context(positions, tokens) if _of_text(name) else resize_grid(positions, tokens, resize)
 
 
 def _check_settings(init: InitialWeights, theirs: CLIPConfig, ours: CLIPConfig) -> None:

@@ -10,7 +10,9 @@ import jax
 from clip_jax.data.pipeline import TrainBatches
 from clip_jax.data.reader import Mixture, TrainReader
 from clip_jax.data.sources import make_sources
+from clip_jax.data.targets import Labels, Target, Texts
 from clip_jax.distributed import on_first_process
+from clip_jax.losses import LOSSES
 from clip_jax.options import from_dict, to_dict
 from clip_jax.processing import Preprocess, make_tokenizer
 from clip_jax.training.bad_numbers import BadNumbers, report_batch
@@ -19,7 +21,7 @@ from clip_jax.training.clock import Clock
 from clip_jax.training.config import RunConfig, check_same_run, make_training
 from clip_jax.training.guard import initial_guard
 from clip_jax.training.hooks import Evaluate, Hold, Log, Save
-from clip_jax.training.initial_weights import start_from
+from clip_jax.training.initial_weights import StartHead, start_from
 from clip_jax.training.lock import Lock
 from clip_jax.training.loop import Hook, every, on_devices, train
 from clip_jax.training.metrics import MetricsWriter
@@ -34,15 +36,23 @@ from clip_jax.training.watch import Watch
 logger = logging.getLogger(__name__)
 
 MakeEvaluate = Callable[[RunConfig, Training], Callable[[TrainState], Mapping[str, float]]]
+MakeStartHead = Callable[[RunConfig, Training, TrainReader], StartHead]
 
 
-def run(config: RunConfig, workdir: str, make_evaluate: MakeEvaluate | None = None) -> TrainState:
+def run(
+    config: RunConfig,
+    workdir: str,
+    make_evaluate: MakeEvaluate | None = None,
+    make_start_head: MakeStartHead | None = None,
+) -> TrainState:
     """Train, from the newest checkpoint in `workdir` if it has one; returns the last state.
 
     Args:
       config: the run.
       workdir: where checkpoints, metrics and the configuration go.
       make_evaluate: makes the function of the state whose results are logged every `eval_every` steps.
+      make_start_head: makes the function of the weights to start from whose result is the head; needed where the run
+        trains one and starts from a model.
 
     Raises:
       UserError: an impossible configuration, missing data, or a workdir that holds another run or cannot be written to.
@@ -55,11 +65,12 @@ def run(config: RunConfig, workdir: str, make_evaluate: MakeEvaluate | None = No
     train_step = make_train_step(training)
     reader = make_reader(config)
     evaluate = make_evaluate(config, training) if make_evaluate else None
+    start_head = make_start_head(config, training, reader) if make_start_head and config.model.classes else None
     on_first_process(lambda: make_workdir(workdir))
     with ExitStack() as open_things:
         lock = on_first_process(lambda: open_things.enter_context(closing(Lock(workdir))))
         checkpoints = open_things.enter_context(closing(Checkpoints(workdir, config)))
-        state = _state(checkpoints, training, config)
+        state = _state(checkpoints, training, config, start_head)
         on_first_process(lambda: write_config(workdir, to_dict(config)))
         hosts = jax.process_index(), jax.process_count()
         batches = open_things.enter_context(closing(TrainBatches(reader, config.input, int(state.step), *hosts)))
@@ -89,19 +100,29 @@ def make_reader(config: RunConfig) -> TrainReader:
     """What reads the run's training data.
 
     Raises:
-      UserError: data that is missing or without captions, or a tokenizer that is not known.
+      UserError: data that is missing or without what the loss reads, or a tokenizer that is not known.
     """
-    tokenizer = make_tokenizer(config.model.text)
-    mixture = Mixture(*make_sources(config.data, config.access), config.seed, config.batch_size)
-    return TrainReader(mixture, Preprocess.from_config(config.model), tokenizer, config.augment)
+    target = make_target(config)
+    sources = make_sources(config.data, config.access, target.check_source)
+    mixture = Mixture(*sources, config.seed, config.batch_size)
+    return TrainReader(mixture, Preprocess.from_config(config.model), target, config.augment)
 
 
-def _state(checkpoints: Checkpoints, training: Training, config: RunConfig) -> TrainState:
+def make_target(config: RunConfig) -> Target:
+    """What the run reads besides images: what its loss compares them with."""
+    if LOSSES[config.loss].target == "label":
+        return Labels(config.model.classes)
+    return Texts(make_tokenizer(config.model.text))
+
+
+def _state(checkpoints: Checkpoints, training: Training, config: RunConfig, start_head: StartHead | None) -> TrainState:
     """The newest checkpoint's, or a fresh one."""
     restored = checkpoints.restore(abstract_state(training))
     if restored is None:
         state = initial_state(training, config.seed)
-        return start_from(config.init, config.model, state, training.frozen) if config.init.init_from else state
+        if not config.init.init_from:
+            return state
+        return start_from(config.init, config.model, state, training.frozen, start_head)
     logger.info("resuming from step %d", int(restored.step))
     if all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(restored.guard)):
         return restored

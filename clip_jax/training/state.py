@@ -24,10 +24,9 @@ class Training:
       model: with its way of execution.
       optimizer: from `make_optimizer`.
       partitioner: the mesh and what is split over it.
-      loss: one of `LOSSES`.
-      loss_tile: rows of logits that a device holds at a time, at most.
-      repeated_captions: one of `REPEATED_CAPTIONS`.
-      frozen: patterns of the paths of parameters that are not trained.
+      loss: one of `LOSSES`, with its options.
+      frozen: patterns of the paths of parameters that are not trained, those that the loss does not depend on among
+        them.
       running_statistics: whether BatchNorm normalises by its running statistics, which then stay as they are.
       patch_dropout: share of the patches of each image that a ViT does not see.
       seed: of what is random in a step.
@@ -41,8 +40,6 @@ class Training:
     optimizer: optax.GradientTransformation
     partitioner: Partitioner
     loss: Loss = SOFTMAX
-    loss_tile: int = 1024
-    repeated_captions: str = "negatives"
     microbatches: int = 1
     guard: GuardConfig = GuardConfig()
     frozen: tuple[str, ...] = ()

@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int, Shaped, UInt8
 
-from clip_jax.losses import captions_of
 from clip_jax.models import CLIP, VisionTransformerConfig, normalize
 from clip_jax.parallel import Jitted, Partitioner
 from clip_jax.processing import Preprocess
@@ -23,10 +22,10 @@ Metrics = dict[str, Shaped[Array, ""]]
 def make_train_step(training: Training) -> Jitted:
     """The jitted train step: (state, batch) -> (state, metrics); the old state's memory is reused.
 
-    The batch holds `image`, uint8 (batch, R, R, 3), and `text`, int32 (batch, context_length), both split over
-    the batch axes of the mesh. Metrics are scalars: loss, logit_scale (the parameter) and grad_norm in at least
-    float32, and the counts of skipped steps. A step that `guard.accepts` rejects leaves parameters, statistics and the
-    optimizer's state, its count included, as they were.
+    The batch holds `image`, uint8 (batch, R, R, 3), and what the loss compares images with: `text`, int32 (batch,
+    context_length), or `label`, int32 (batch,). All are split over the batch axes of the mesh. Metrics are scalars:
+    loss, logit_scale (the parameter) and grad_norm in at least float32, and the counts of skipped steps. A step that
+    `guard.accepts` rejects leaves parameters, statistics and the optimizer's state, its count included, as they were.
 
     Raises:
       UserError: the model lacks a parameter of the loss.
@@ -44,14 +43,13 @@ def make_train_step(training: Training) -> Jitted:
                 model,
                 variables,
                 batch["image"],
-                batch["text"],
+                batch["text"] if loss.target == "text" else None,
                 training.microbatches,
                 partitioner,
                 train=not training.running_statistics,
                 patches=patches,
             )
-            captions = captions_of(batch["text"], training.repeated_captions)
-            return loss.over_mesh(*features, params, partitioner, training.loss_tile, captions), batch_stats
+            return loss.value(*features, batch[loss.target], params, partitioner), batch_stats
 
         (value, batch_stats), grads = jax.value_and_grad(loss_fn, has_aux=True)(trained)
         grad_norm = optax.tree.norm(grads)
@@ -90,13 +88,15 @@ def encode(
     model: CLIP,
     variables: Mapping[str, Any],
     images: UInt8[Array, "batch height width 3"],
-    tokens: Int[Array, "batch length"],
+    tokens: Int[Array, "batch length"] | None,
     microbatches: int,
     partitioner: Partitioner,
     train: bool = True,
     patches: Int[Array, "batch kept"] | None = None,
-) -> tuple[Float[Array, "batch embed_dim"], Float[Array, "batch embed_dim"], Any]:
+) -> tuple[Float[Array, "batch embed_dim"], Float[Array, "batch embed_dim"] | None, Any]:
     """Normalised features of both towers, and the new running statistics of BatchNorm ({} if there are none).
+
+    Without tokens the text tower does not run, and has no features.
 
     With several micro-batches, each device encodes its share of the batch piece by piece, keeping nothing but the
     features; the backward pass encodes each piece again. BatchNorm then normalises each micro-batch (over all
@@ -104,16 +104,16 @@ def encode(
     `train` it normalises by the running ones, and there are no new ones. Of the images it sees `patches`, or all.
     """
 
-    def encode_piece(variables: Mapping[str, Any], piece: tuple[Any, ...]) -> tuple[tuple[Array, Array], Any]:
+    def encode_piece(variables: Mapping[str, Any], piece: tuple[Any, ...]) -> tuple[tuple[Any, Any], Any]:
         images, tokens, patches = piece
         # Images travel to the device as bytes and become the model's floats there.
         images = Preprocess.from_config(model.config).normalize(images, model.execution.wide_dtype)
         image_features, updated = model.apply(
             variables, images, train, patches, method=model.encode_image, mutable=["batch_stats"] if train else []
         )
-        text_features = model.apply(variables, tokens, method=model.encode_text)
+        text_features = None if tokens is None else model.apply(variables, tokens, method=model.encode_text)
         dtype = model.execution.compute_dtype
-        features = tuple(normalize(x).astype(dtype) for x in (image_features, text_features))
+        features = jax.tree.map(lambda x: normalize(x).astype(dtype), (image_features, text_features))
         return features, updated.get("batch_stats", {})
 
     if microbatches == 1:
@@ -126,7 +126,7 @@ def encode(
     shards = partitioner.batch_shards
     pieces = jax.tree.map(lambda x: _split(x, microbatches, shards), (images, tokens, patches))
     _, (features, batch_stats) = jax.lax.scan(scan_body, None, pieces)
-    image_features, text_features = (_join(x, shards) for x in features)
+    image_features, text_features = jax.tree.map(lambda x: _join(x, shards), features)
     return image_features, text_features, jax.tree.map(lambda x: x.mean(axis=0), batch_stats)
 
 

@@ -1,6 +1,8 @@
 """From whatever holds a CLIP model to (config, variables), and back into any of the four formats."""
 
 import difflib
+import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +10,10 @@ from etils import epath
 
 from clip_jax import model_folder
 from clip_jax.errors import UserError
-from clip_jax.models import CLIPConfig
+from clip_jax.models import OPENAI_MODELS, CLIPConfig
 from clip_jax.weights import download, hub, huggingface, open_clip, openai
+
+logger = logging.getLogger(__name__)
 
 WRITERS = {
     "jax": model_folder.write,
@@ -49,6 +53,18 @@ def load_variables(
     if activation is not None or model_config is not None:
         raise UserError(f"{path} comes with its own configuration; leave the activation and the model_config out")
     return _READERS_WITH_CONFIG[form](path)
+
+
+def architecture(source: epath.PathLike) -> CLIPConfig:
+    """What the model that `source` holds is; no weights are read where a name or a description says it.
+
+    Raises:
+      UserError: as `load_variables`.
+    """
+    if download.is_official(str(source)):
+        return OPENAI_MODELS[str(source)]
+    form, path = locate(source)
+    return model_folder.read_config(path) if form == "jax" else load_variables(source)[0]
 
 
 def locate(source: epath.PathLike, download_root: str | Path | None = None) -> tuple[str, Path | epath.Path]:
@@ -111,4 +127,19 @@ def save(target: str | Path, config: CLIPConfig, variables: Any, to: str) -> Non
     """
     if to not in WRITERS:
         raise UserError(f"cannot write the format {to!r}; expected one of {', '.join(WRITERS)}")
+    if config.classes and to != "jax":
+        logger.warning(
+            "the head of %d classes (%s, ...) is left out: %s has no place for it, only the model folders of clip_jax "
+            "have",
+            len(config.classes),
+            ", ".join(config.classes[:3]),
+            to,
+        )
+        config, variables = without_head(config, variables)
     WRITERS[to](Path(target), config, variables)
+
+
+def without_head(config: CLIPConfig, variables: Any) -> tuple[CLIPConfig, Any]:
+    """A model as the formats of others can express it."""
+    params = {name: value for name, value in variables["params"].items() if name != "classifier"}
+    return replace(config, classes=()), {**variables, "params": params}

@@ -21,6 +21,7 @@ from clip_jax.data.order import replacement_index, sample_index
 from clip_jax.data.pipeline import InputConfig, TrainBatches
 from clip_jax.data.reader import Mixture, TrainReader
 from clip_jax.data.sources import source_config
+from clip_jax.data.targets import Texts
 from clip_jax.errors import UserError
 from clip_jax.processing import Augment, Preprocess, decode
 from clip_jax.processing.tokenizers import OpenAITokenizer
@@ -139,7 +140,9 @@ def open_tar(path):
 
 def delivered(source, config, epochs=1):
     """The numbers of the samples of some epochs, and the damage counted."""
-    reader = TrainReader(Mixture((source,), (1.0,), 5, len(source)), Preprocess(8), OpenAITokenizer(16), Augment())
+    reader = TrainReader(
+        Mixture((source,), (1.0,), 5, len(source)), Preprocess(8), Texts(OpenAITokenizer(16)), Augment()
+    )
     with contextlib.closing(TrainBatches(reader, config)) as batches:
         rows = [row for _ in range(epochs) for row in next(batches)["text"]]
         return [int(re.search(r"photo number ([\d ]+)", decode(row.tolist()))[1].replace(" ", "")) for row in rows], {
@@ -281,7 +284,7 @@ def test_a_source_without_a_sound_sample_ends(tmp_path):
 def test_hosts_stay_in_step_whatever_is_damaged(tmp_path):
     (tmp_path / "a.tar").write_bytes(replaced(7, jpg=b"no"))
     source = open_tar(tmp_path / "a.tar")
-    reader = TrainReader(Mixture((source,), (1.0,), 5, 12), Preprocess(8), OpenAITokenizer(16), Augment())
+    reader = TrainReader(Mixture((source,), (1.0,), 5, 12), Preprocess(8), Texts(OpenAITokenizer(16)), Augment())
     shares, whole = [], None
     for index, count in ((0, 1), (0, 2), (1, 2)):
         with contextlib.closing(TrainBatches(reader, SKIP, 0, index, count)) as batches:

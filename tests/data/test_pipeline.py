@@ -17,6 +17,7 @@ from clip_jax.data.digits import Digits
 from clip_jax.data.example import Example
 from clip_jax.data.pipeline import InputConfig, TrainBatches, evaluation_batches
 from clip_jax.data.reader import Mixture, TrainReader
+from clip_jax.data.targets import Texts
 from clip_jax.errors import UserError
 from clip_jax.processing import Augment, Preprocess, decode, tokenize
 from clip_jax.processing.tokenizers import OpenAITokenizer
@@ -44,7 +45,7 @@ class Numbered:
 
 SOURCES = (Numbered("apple", 50), Numbered("pear", 30))
 STRICT = InputConfig()
-PROCESSING = {"preprocess": Preprocess(8), "tokenizer": OpenAITokenizer(8), "augment": Augment()}
+PROCESSING = {"preprocess": Preprocess(8), "target": Texts(OpenAITokenizer(8)), "augment": Augment()}
 
 
 def make_batches(sources=SOURCES, weights=(3.0, 1.0), *, seed=1, batch_size=16, config=STRICT, **changes):
@@ -145,7 +146,7 @@ def test_images_and_captions_are_processed_as_the_model_asks():
             return Example(Image.linear_gradient("L").resize((40, 20)), ("A Dog",))
 
     bilinear = Preprocess(8, interpolation="bilinear", resize="squash")
-    processing = {"preprocess": bilinear, "tokenizer": OpenAITokenizer(8, lowercase=False)}
+    processing = {"preprocess": bilinear, "target": Texts(OpenAITokenizer(8, lowercase=False))}
     (batch,) = take(1, sources=(Cased("cased", 3),), weights=(1.0,), **processing)
     np.testing.assert_array_equal(batch["text"][0], tokenize("A Dog", 8, lowercase=False)[0])
     squashed = Image.linear_gradient("L").resize((40, 20)).resize((8, 8), Image.Resampling.BILINEAR).convert("RGB")
@@ -222,7 +223,7 @@ def test_evaluation_errors_are_named():
 
 
 def test_digits_through_the_whole_pipeline():
-    processing = {"preprocess": Preprocess(32), "tokenizer": OpenAITokenizer(16)}
+    processing = {"preprocess": Preprocess(32), "target": Texts(OpenAITokenizer(16))}
     (batch,) = take(1, sources=(Digits(),), weights=(1.0,), batch_size=64, **processing)
     assert len({image.tobytes() for image in batch["image"]}) == 64
     for text, row in zip(texts_of([batch]), batch["text"], strict=True):
@@ -236,10 +237,11 @@ import multiprocessing, os, signal
 from clip_jax.data.digits import Digits
 from clip_jax.data.pipeline import InputConfig, TrainBatches
 from clip_jax.data.reader import Mixture, TrainReader
+from clip_jax.data.targets import Texts
 from clip_jax.processing import Augment, Preprocess
 from clip_jax.processing.tokenizers import OpenAITokenizer
 if __name__ == "__main__":
-    reader = TrainReader(Mixture((Digits(),), (1.0,), 0, 8), Preprocess(32), OpenAITokenizer(8), Augment())
+    reader = TrainReader(Mixture((Digits(),), (1.0,), 0, 8), Preprocess(32), Texts(OpenAITokenizer(8)), Augment())
     batches = TrainBatches(reader, InputConfig(data_processes=2))
     next(batches)
     children = [child.pid for child in multiprocessing.active_children()]

@@ -14,6 +14,7 @@ from clip_jax.data.order import Windows
 from clip_jax.data.pipeline import InputConfig, TrainBatches
 from clip_jax.data.reader import Mixture, TrainReader
 from clip_jax.data.sources import source_config
+from clip_jax.data.targets import Texts
 from clip_jax.processing import Augment, Preprocess
 from clip_jax.processing.tokenizers import OpenAITokenizer
 from tests.data.make_shards import caption, photo, write_tar, write_tfrecord
@@ -82,7 +83,10 @@ def everything(tmp_path_factory):
 
 def batches_of(source, config=InputConfig(), count=4):  # noqa: B008
     reader = TrainReader(
-        Mixture((source,), (1.0,), 11, 250), Preprocess(24), OpenAITokenizer(16), Augment(crop="resized", flip=True)
+        Mixture((source,), (1.0,), 11, 250),
+        Preprocess(24),
+        Texts(OpenAITokenizer(16)),
+        Augment(crop="resized", flip=True),
     )
     with contextlib.closing(TrainBatches(reader, config)) as batches:
         return [next(batches) for _ in range(count)]

@@ -13,6 +13,7 @@ from clip_jax.data.pipeline import InputConfig, TrainBatches
 from clip_jax.data.reader import Mixture, TrainReader
 from clip_jax.data.shards import Shards
 from clip_jax.data.sources import source_config
+from clip_jax.data.targets import Texts
 from clip_jax.errors import UserError
 from clip_jax.processing import Augment, Preprocess
 from clip_jax.processing.tokenizers import OpenAITokenizer
@@ -28,7 +29,7 @@ def open_source(kind, path, **fields):
 
 def batches_of(*sources, count=6, config=InputConfig(), **changes):  # noqa: B008
     mixture = Mixture(sources, (1.0,) * len(sources), 3, 16)
-    reader = TrainReader(mixture, Preprocess(24), OpenAITokenizer(16), Augment())
+    reader = TrainReader(mixture, Preprocess(24), Texts(OpenAITokenizer(16)), Augment())
     with contextlib.closing(TrainBatches(reader, config, **changes)) as batches:
         return [next(batches) for _ in range(count)]
 

@@ -12,7 +12,9 @@ from clip_jax import cli
 from clip_jax.data import show
 from clip_jax.data.check import check
 from clip_jax.data.sources import make_sources
+from clip_jax.data.targets import Texts
 from clip_jax.errors import UserError
+from clip_jax.processing.tokenizers import OpenAITokenizer
 from clip_jax.training.run import make_reader
 from tests.data.make_shards import members, write_tar
 from train import main as train
@@ -76,7 +78,7 @@ def test_check_reads_everything_and_names_what_is_damaged(config, capsys):
 def test_sound_data_passes(tmp_path, capsys):
     Image.new("RGB", (9, 9)).save(tmp_path / "a.png")
     (tmp_path / "a.txt").write_text("black")
-    (result,) = check(make_sources({"folder": {"path": str(tmp_path)}})[0])
+    (result,) = check(make_sources({"folder": {"path": str(tmp_path)}})[0], Texts(OpenAITokenizer()))
     assert result.lines() == [f"{tmp_path}: 1 samples, all sound"]
 
 
@@ -86,4 +88,4 @@ def test_what_is_shown_is_what_is_trained_on(config):
     reader.read(np.arange(8), images, texts)
     for row, sample in enumerate(reader.samples(np.arange(8), Counter())):
         np.testing.assert_array_equal(sample.image, images[row])
-        np.testing.assert_array_equal(sample.tokens, texts[row])
+        np.testing.assert_array_equal(sample.target, texts[row])

@@ -85,11 +85,12 @@ from clip_jax.data.access import Access
 from clip_jax.data.pipeline import TrainBatches
 from clip_jax.data.reader import Mixture, TrainReader
 from clip_jax.data.sources import make_sources
+from clip_jax.data.targets import Texts
 from clip_jax.processing import Augment, Preprocess
 from clip_jax.processing.tokenizers import OpenAITokenizer
 def batch(config):
     sources, weights = make_sources(config, Access({data_dir!r}))
-    processing = {{"preprocess": Preprocess(8), "tokenizer": OpenAITokenizer(), "augment": Augment()}}
+    processing = {{"preprocess": Preprocess(8), "target": Texts(OpenAITokenizer()), "augment": Augment()}}
     next(TrainBatches(TrainReader(Mixture(sources, weights, 0, 2), **processing)))
 batch({{"digits": {{}}, "folder": {{"path": {str(tmp_path)!r}}}}})
 assert "tensorflow_datasets" not in sys.modules

@@ -1,6 +1,7 @@
 """Losses that know captions that are there more than once, against PyTorch in float64 from the whole matrix."""
 
 import itertools
+from dataclasses import replace
 from functools import lru_cache, partial
 
 import jax
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 from clip_jax.errors import UserError
-from clip_jax.losses import LOSSES, captions_of
+from clip_jax.losses import CONTRASTIVE, SOFTMAX, captions_of
 from clip_jax.losses.captions import fingerprints
 from clip_jax.models import CLIP
 from clip_jax.parallel import MeshConfig, make_partitioner
@@ -69,7 +70,7 @@ def reference(name, groups, repeated):
 @lru_cache
 def compiled(name, repeated, devices):
     """The loss and its gradients: dense (no devices), or over a mesh of so many."""
-    loss = LOSSES[name]
+    loss = CONTRASTIVE[name]
 
     def value(images, texts, *scalars, tokens):
         captions = captions_of(tokens, repeated)
@@ -90,7 +91,7 @@ def ours(name, groups, repeated, devices):
 
 @pytest.mark.parametrize("devices", [0, 1, 8], ids=["dense", "ring of 1", "ring of 8"])
 @pytest.mark.parametrize("repeated", ["positives", "ignored"])
-@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("name", CONTRASTIVE)
 def test_the_loss_and_every_gradient_are_the_definition(name, repeated, devices):
     for kind, groups in GROUPS.items():
         expected = reference(name, groups, repeated)
@@ -100,7 +101,7 @@ def test_the_loss_and_every_gradient_are_the_definition(name, repeated, devices)
             np.testing.assert_allclose(got, want, rtol=0, atol=1e-12 * scale, err_msg=kind)
 
 
-@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("name", CONTRASTIVE)
 def test_different_captions_give_the_plain_loss(name):
     plain = ours(name, GROUPS["none"], "negatives", 8)
     for repeated in ("positives", "ignored"):
@@ -115,7 +116,7 @@ def test_positives_with_equal_features_are_the_plain_softmax():
 
         def loss(images, table, repeated):
             captions = captions_of(jnp.asarray(tokens_of(groups)), repeated)
-            return LOSSES["softmax"].dense(images, table[groups], jnp.log(14.3), captions)
+            return CONTRASTIVE["softmax"].dense(images, table[groups], jnp.log(14.3), captions)
 
         results = [
             jax.tree.leaves(jax.value_and_grad(partial(loss, repeated=repeated), argnums=(0, 1))(images, table))
@@ -128,7 +129,7 @@ def test_positives_with_equal_features_are_the_plain_softmax():
 def test_float32_keeps_its_digits():
     groups = GROUPS["two classes"]
     images, texts = features().astype(np.float32)
-    for name, devices in itertools.product(LOSSES, (0, 8)):
+    for name, devices in itertools.product(CONTRASTIVE, (0, 8)):
         scalars = map(np.float32, SCALARS[name])
         value, gradients = compiled(name, "positives", devices)(images, texts, *scalars, tokens=tokens_of(groups))
         for got, want in zip((value, *gradients), reference(name, groups, "positives"), strict=True):
@@ -145,7 +146,7 @@ def test_memory_is_that_of_the_ring(repeated):
 
         def loss(images, texts, scale, tokens):
             captions = captions_of(tokens, repeated)
-            return LOSSES["softmax"].over_mesh(images, texts, {"logit_scale": scale}, over(8, 1, 1), 128, captions)
+            return CONTRASTIVE["softmax"].over_mesh(images, texts, {"logit_scale": scale}, over(8, 1, 1), 128, captions)
 
         return jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2))).lower(rows, rows, scale, tokens).compile()
 
@@ -183,7 +184,7 @@ def test_a_train_step_compares_captions():
     batch = tiny.batch(tiny.VIT, 8)
     batch["text"][:] = batch["text"][0]
     optimizer, partitioner = make_optimizer(OptimizerConfig(warmup_steps=1), 10), over(1, 1, 1)
-    training = Training(CLIP(tiny.VIT), optimizer, partitioner, repeated_captions="ignored")
+    training = Training(CLIP(tiny.VIT), optimizer, partitioner, loss=replace(SOFTMAX, repeated_captions="ignored"))
     _, metrics = make_train_step(training)(initial_state(training, 0), to_devices(batch, partitioner))
     assert float(metrics["loss"]) == float(metrics["grad_norm"]) == 0.0
 

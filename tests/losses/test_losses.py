@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from clip_jax.errors import UserError
-from clip_jax.losses import LOSSES, ring
+from clip_jax.losses import CONTRASTIVE, ring
 from clip_jax.parallel import MeshConfig, make_partitioner
 
 BATCH, WIDTH = 184, 32  # 23 rows a device on 8 devices, 46 on 4
@@ -76,7 +76,7 @@ def arguments(name, kind, temperature, seed=0):
 
 
 def ring_loss(name, partitioner, tile):
-    loss = LOSSES[name]
+    loss = CONTRASTIVE[name]
 
     def value(images, texts, *parameters):
         return loss.over_mesh(images, texts, dict(zip(loss.initial, parameters, strict=True)), partitioner, tile)
@@ -85,7 +85,7 @@ def ring_loss(name, partitioner, tile):
 
 
 def value_and_gradients(name, loss):
-    gradient = jax.value_and_grad(loss, argnums=tuple(range(2 + len(LOSSES[name].initial))))
+    gradient = jax.value_and_grad(loss, argnums=tuple(range(2 + len(CONTRASTIVE[name].initial))))
     return jax.jit(lambda *values: jax.tree.leaves(gradient(*values)))
 
 
@@ -136,7 +136,7 @@ def test_dense_and_reference_are_the_textbook_loss(name, temperature):
     loss.backward()
     expected = [loss.detach().numpy(), *(leaf.grad.numpy() for leaf in leaves)]
     assert_close(reference(name, *values), expected, {"loss": 1e-12, "gradients": 1e-12})
-    assert_close(value_and_gradients(name, LOSSES[name].dense)(*values), expected, FLOAT32)
+    assert_close(value_and_gradients(name, CONTRASTIVE[name].dense)(*values), expected, FLOAT32)
 
 
 @pytest.mark.parametrize("name", ["softmax", "sigmoid"])

@@ -15,7 +15,7 @@ from clip_jax.training.state import initial_state
 from clip_jax.training.step import make_train_step
 from tests import tiny
 from tests.training.dark import black_images_are_nan
-from tests.training.test_step import BATCH, over, training_of
+from tests.training.test_step import BATCH, TILED, over, training_of
 
 
 def steps(training, train_step, batches):
@@ -72,7 +72,7 @@ def test_bad_steps_change_nothing_on_any_device(monkeypatch):
 
 
 def test_statistics_of_a_bad_step_are_not_kept():
-    training = training_of(tiny.RESNET, over(1, 1, 1), loss_tile=3)
+    training = training_of(tiny.RESNET, over(1, 1, 1), loss=TILED)
     batch, train_step = to_devices(tiny.batch(tiny.RESNET, BATCH), training.partitioner), make_train_step(training)
     state, _ = train_step(initial_state(training, seed=0), batch)
     bad = state.replace(params=jax.tree.map(lambda leaf: leaf * jnp.nan, state.params))

@@ -12,7 +12,7 @@ import pytest
 from jax.extend.core import jaxprs_in_params
 
 from clip_jax.errors import UserError
-from clip_jax.losses import LOSSES
+from clip_jax.losses import LOSSES, SOFTMAX
 from clip_jax.models import CLIP, Execution, abstract_inputs, normalize, transformer
 from clip_jax.parallel import MeshConfig, make_partitioner
 from clip_jax.planner.hlo import parse
@@ -26,6 +26,7 @@ from tests import tiny
 
 BATCH = 16
 OPTIMIZER = OptimizerConfig(learning_rate=3e-3, warmup_steps=2)
+TILED = dataclasses.replace(SOFTMAX, tile=3)
 
 
 def over(*sizes):
@@ -39,7 +40,7 @@ def training_of(config, partitioner, optimizer=None, execution=Execution(), **fi
 
 def run(config, partitioner, execution=Execution()):  # noqa: B008
     """(losses, last state) of a few steps on the same batches."""
-    training = training_of(config, partitioner, execution=execution, loss_tile=3)
+    training = training_of(config, partitioner, execution=execution, loss=TILED)
     state, train_step = initial_state(training, seed=0), make_train_step(training)
     losses = []
     for step in range(4):
