@@ -14,7 +14,7 @@ import functools
 import json
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -27,6 +27,7 @@ from benchmarks import adaptation_data as data
 from benchmarks.adaptation_table import kept_of, write
 from clip_jax.cli import load_config
 from clip_jax.evaluation.encoders import Variables, make_encoders
+from clip_jax.evaluation.head import classify_by_head
 from clip_jax.evaluation.linear_probe import linear_probe
 from clip_jax.evaluation.zero_shot import zero_shot
 from clip_jax.interpolate import interpolate
@@ -36,12 +37,14 @@ from clip_jax.parallel import MeshConfig, make_partitioner
 from clip_jax.platform import keep_compiled_programs, keep_libtpu_quiet
 from clip_jax.training import config as config_module
 from clip_jax.training.config import RunConfig
+from clip_jax.training.head import with_classes
 from clip_jax.training.optimizer import OptimizerConfig
 from clip_jax.training.run import run
+from train import start_of_head
 
 BEFORE = ("zero-shot", "linear probe")
 SEEDS, GRID_SEED = (0, 1, 2), 0
-RATES = (2e-4, 6e-4, 2e-3)  # peaks; that of pre-training is 2e-3
+RATES = (6e-5, 2e-4, 6e-4, 2e-3)  # peaks; that of pre-training is 2e-3
 PRETRAINING = {"batch_size": 64, "total_steps": 600}
 STEPS = 100
 ALPHA = 0.5  # of WiSE-FT
@@ -69,12 +72,15 @@ class Method:
 IGNORED = {"repeated_captions": "ignored"}
 METHODS = {
     "plain": Method(2e-4, plain=True),
-    "full": Method(2e-4),
+    "plain, five times ours": Method(1e-3, plain=True),
+    "full, negatives": Method(2e-4),
     "full, positives": Method(2e-4, {"repeated_captions": "positives"}),
     "full, ignored": Method(2e-4, IGNORED),
     "full, ignored, layer decay": Method(2e-4, IGNORED, {"layer_decay": 0.65}),
-    "image tower locked": Method(2e-4, IGNORED, {"frozen": ("visual/*",)}),
+    "image tower locked": Method(6e-4, IGNORED, {"frozen": ("visual/*",)}),
     "text tower locked": Method(2e-4, IGNORED, {"frozen": ("text/*",)}),
+    "head": Method(2e-4, {"loss": "cross_entropy"}),
+    "head after linear probe": Method(2e-4, {"loss": "cross_entropy", "head_from": "linear_probe"}),
 }
 
 
@@ -89,21 +95,27 @@ def main() -> None:
     keep_libtpu_quiet()
     keep_compiled_programs()
     bench = Bench(flags.folder)
-    methods = {name: METHODS[name] for name in flags.methods}
+    chosen = [(name, METHODS[name]) for name in flags.methods]
     for seed in (GRID_SEED,) if flags.grid else flags.seeds:
         bench.before(seed)
-        for name, method in (at_all_rates(methods) if flags.grid else methods).items():
-            bench.adapted(name, method, seed)
+        for name, method in at_all_rates(chosen) if flags.grid else chosen:
+            bench.adapted(with_rate(name, method), method, seed)
     kept = functools.partial(kept_of, flags.folder / "results")
     write(
-        {name: kept(name, SEEDS) for name in (*BEFORE, *METHODS)},
-        {name: kept(name, (GRID_SEED,)) for name in (*BEFORE, *at_all_rates(METHODS))},
+        {name: kept(name, SEEDS) for name in BEFORE}
+        | {name: kept(with_rate(name, method), SEEDS) for name, method in METHODS.items()},
+        {with_rate(*each): kept(with_rate(*each), (GRID_SEED,)) for each in at_all_rates(METHODS.items())},
     )
 
 
-def at_all_rates(methods: Mapping[str, Method]) -> dict[str, Method]:
-    """The methods of the grid."""
-    return {f"{name}, rate {rate:g}": replace(method, rate=rate) for name, method in methods.items() for rate in RATES}
+def at_all_rates(methods: Iterable[tuple[str, Method]]) -> list[tuple[str, Method]]:
+    """The methods of the grid, with their names."""
+    return [(name, replace(method, rate=rate)) for name, method in methods for rate in RATES]
+
+
+def with_rate(name: str, method: Method) -> str:
+    """A method's name, and its rate."""
+    return f"{name}, rate {method.rate:g}"
 
 
 class Bench:
@@ -113,6 +125,8 @@ class Bench:
         self._folder = folder
         self._demo = load_config("demo")
         self._encoders = make_encoders(CLIP(self._demo.model), make_partitioner(MeshConfig()))
+        with_head = replace(self._demo.model, classes=tuple(sorted(data.NEW_NAMES)))  # in the order of folders
+        self._with_head = replace(self._encoders, model=CLIP(with_head))
         self._shapes = data.shapes()
 
     def before(self, seed: int) -> None:
@@ -134,14 +148,20 @@ class Bench:
             file.write_text(json.dumps(results))
 
     def _adapted(self, method: Method, seed: int) -> dict[str, Any]:
-        before = self._pretrained(seed)
         optimizer = (
             mock.patch.object(config_module, "make_optimizer", tutorials_adam) if method.plain else nullcontext()
         )
+        head = {}
+
+        def start_head(*run_parts: Any) -> Callable[[Variables], Any]:
+            start = start_of_head(*run_parts)
+            return lambda variables: head.setdefault("classifier", start(variables))
+
         with tempfile.TemporaryDirectory() as workdir, optimizer:
             began = time.process_time()
-            state = run(self._recipe(method, seed), workdir)
+            state = run(with_classes(self._recipe(method, seed)), workdir, make_start_head=start_head)
             seconds = time.process_time() - began
+        before = {"params": {**self._pretrained(seed)["params"], **head}}
         variants = {
             "": state.variables,
             "WiSE-FT": interpolate(before, state.variables, ALPHA),
@@ -150,9 +170,15 @@ class Bench:
         return {"seconds": seconds} | {name: self._judged(weights, seed) for name, weights in variants.items()}
 
     def _judged(self, variables: Variables, seed: int) -> Accuracies:
-        digits = zero_shot(self._encoders, variables, data.all_digits(seed), progress=False)
-        shapes = zero_shot(self._encoders, variables, self._shapes, progress=False)
-        return {**data.accuracies(digits.scores, digits.labels), "shapes": shapes.metrics["acc1"]}
+        """By the texts; by the head, if there is one, what it has the classes of."""
+        towers = {"params": {name: part for name, part in variables["params"].items() if name != "classifier"}}
+        digits = zero_shot(self._encoders, towers, data.all_digits(seed), progress=False)
+        shapes = zero_shot(self._encoders, towers, self._shapes, progress=False)
+        accuracies = {**data.accuracies(digits.scores, digits.labels), "shapes": shapes.metrics["acc1"]}
+        if towers["params"].keys() == variables["params"].keys():
+            return accuracies
+        result = classify_by_head(self._with_head, variables, data.new_digits(seed), progress=False)
+        return {"new": result.metrics["acc1"], "old": accuracies["old"], "shapes": accuracies["shapes"]}
 
     def _probed(self, seed: int) -> Accuracies:
         """As the pre-trained model, whose towers stay, but for the new digits."""

@@ -1,6 +1,6 @@
 """The data of `benchmarks.adaptation`: old and new digits as folders of images to train on and as sets to judge by."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +13,7 @@ from clip_jax.evaluation.linear_probe import rank_in_class
 from clip_jax.evaluation.registry import EVALUATION_SETS
 
 OLD, NEW = range(5), range(5, 10)
+NEW_NAMES = CLASS_NAMES[NEW.start :]
 SHOTS = 32  # images of a new digit to learn from
 TEMPLATES = tuple(text.replace("{c}", "{}") for text in EVALUATION_SETS["digits"].templates)
 
@@ -29,7 +30,7 @@ class Pictures:
 
     name: str
     examples: tuple[Example, ...]
-    class_names: tuple[str, ...] = CLASS_NAMES
+    class_names: tuple[str, ...]
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -40,7 +41,7 @@ class Pictures:
     def write(self, folder: Path) -> None:
         """Write class folders of images, unless they are there."""
         for number, example in enumerate(self.examples):
-            file = folder / CLASS_NAMES[example.label] / f"{number:04}.png"
+            file = folder / self.class_names[example.label] / f"{number:04}.png"
             if not file.exists():
                 file.parent.mkdir(parents=True, exist_ok=True)
                 example.image.save(file)
@@ -48,21 +49,22 @@ class Pictures:
 
 def old_digits() -> Pictures:
     """What a model is pre-trained on, beside shapes: the training split of the old digits."""
-    return _pictures("old digits", Digits("train"), OLD)
+    return Pictures("old digits", _examples("train", OLD), CLASS_NAMES[: NEW.start])
 
 
 def new_digits(seed: int) -> EvaluationSet:
     """What it is adapted to: of each new digit `SHOTS` images to learn from, and all others to judge by."""
-    drawn, left = _draw(seed)
-    test = _pictures("new digits", Digits("test"), NEW).examples
-    pictures = Pictures("new digits", test + left.examples)
-    return EvaluationSet("new digits", pictures, CLASS_NAMES, TEMPLATES, train=lambda: drawn)
+    learned, judged = (
+        Pictures("new digits", tuple(replace(each, label=each.label - NEW.start) for each in part), NEW_NAMES)
+        for part in _drawn(seed)
+    )
+    return EvaluationSet("new digits", judged, NEW_NAMES, TEMPLATES, train=lambda: learned)
 
 
 def all_digits(seed: int) -> EvaluationSet:
     """The old digits of the test split, and the new ones to judge by."""
-    old = _pictures("old digits", Digits("test"), OLD).examples
-    return EvaluationSet("digits", Pictures("digits", old + new_digits(seed).source.examples), CLASS_NAMES, TEMPLATES)
+    pictures = Pictures("digits", _examples("test", OLD) + _drawn(seed)[1], CLASS_NAMES)
+    return EvaluationSet("digits", pictures, CLASS_NAMES, TEMPLATES)
 
 
 def shapes() -> EvaluationSet:
@@ -70,19 +72,20 @@ def shapes() -> EvaluationSet:
     return evaluation_set("shapes")
 
 
-def _draw(seed: int) -> tuple[Pictures, Pictures]:
-    """(images drawn, all others) of the new digits of the training split."""
-    pool = _pictures("new digits", Digits("train"), NEW).examples
+def _drawn(seed: int) -> tuple[tuple[Example, ...], tuple[Example, ...]]:
+    """The new digits: images drawn of the training split, and all others of both splits."""
+    pool = _examples("train", NEW)
     drawn = rank_in_class(np.array([example.label for example in pool]), seed) < SHOTS
-    return tuple(
-        Pictures(name, tuple(example for example, taken in zip(pool, chosen, strict=True) if taken))
-        for name, chosen in (("new digits", drawn), ("new digits left", ~drawn))
+    learned, left = (
+        tuple(example for example, taken in zip(pool, chosen, strict=True) if taken) for chosen in (drawn, ~drawn)
     )
+    return learned, _examples("test", NEW) + left
 
 
-def _pictures(name: str, source: Digits, labels: range) -> Pictures:
-    examples = (source[index] for index in range(len(source)))
-    return Pictures(name, tuple(example for example in examples if example.label in labels))
+def _examples(split: str, labels: range) -> tuple[Example, ...]:
+    """Of the digits that `labels` are, one example after the other."""
+    source = Digits(split)
+    return tuple(example for example in (source[index] for index in range(len(source))) if example.label in labels)
 
 
 def accuracies(scores: Float[np.ndarray, "n 10"], labels: Int[np.ndarray, "n"]) -> dict[str, float]:
