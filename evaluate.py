@@ -109,18 +109,19 @@ def evaluate(flags: argparse.Namespace, config: Any, weights: str) -> int:
 
     from clip_jax.evaluation.tasks import chosen_tasks
 
-    classes = together(partial(architecture, weights)).classes
     access = config.access if config else Access(offline=flags.offline)
     class_names = together(partial(prompts.lines_of, flags.class_names)) if flags.class_names else ()
     templates = together(partial(prompts.templates_from, flags.templates)) if flags.templates else ()
     failed: list[str] = []
-    jobs = []
+    datasets, jobs = [], []
     for name in names:
         with tolerated(name, names, failed):
-            dataset = together(partial(evaluation_set, name, access, class_names, templates))
-            for asked in [[task] for task in names_in(flags.tasks)] or [[]]:
-                with tolerated(name, names, failed):
-                    jobs += [(task, dataset) for task in together(partial(chosen_tasks, dataset, asked, classes))]
+            datasets.append(together(partial(evaluation_set, name, access, class_names, templates)))
+    classes = together(partial(architecture, weights)).classes
+    for dataset in datasets:
+        for asked in [[task] for task in names_in(flags.tasks)] or [[]]:
+            with tolerated(dataset.name, names, failed):
+                jobs += [(task, dataset) for task in together(partial(chosen_tasks, dataset, asked, classes))]
     if not jobs:
         return 1
     make_parents(flags)

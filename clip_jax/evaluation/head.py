@@ -8,7 +8,6 @@ import dataclasses
 import logging
 from collections.abc import Callable, Sequence
 
-import jax
 import numpy as np
 from jaxtyping import Array, Float
 
@@ -140,7 +139,13 @@ def _features(encoders: Encoders, variables: Variables, source: Source) -> Featu
     return Features(encoded.features, np.where(encoded.labels < 0, -1, own[encoded.labels]))
 
 
-def _on_every_host(encoders: Encoders, array: Array) -> Float[np.ndarray, "classes embed_dim"]:
+def _on_every_host(
+    encoders: Encoders, array: Float[Array | np.ndarray, "classes embed_dim"]
+) -> Float[np.ndarray, "classes embed_dim"]:
     """A parameter that may be split over the mesh."""
-    gather = encoders.partitioner.jit(lambda array: array, out_shardings=encoders.partitioner.replicated)
-    return np.asarray(jax.device_get(gather(array)))
+    gather = encoders.partitioner.jit(_same, out_shardings=encoders.partitioner.replicated)
+    return np.asarray(gather(array))
+
+
+def _same(array: Array) -> Array:
+    return array

@@ -304,7 +304,7 @@ def test_tasks():
     assert (chosen_tasks(labelled), chosen_tasks(captioned)) == ([zero_shot], [retrieval])
     with pytest.raises(UserError, match="photos has no named classes, which zeroshot needs"):
         chosen_tasks(captioned, ["retrieval", "zeroshot"])
-    with pytest.raises(UserError, match="unknown task 'zero_shot': expected zeroshot or retrieval"):
+    with pytest.raises(UserError, match="unknown task 'zero_shot': expected head or zeroshot or retrieval"):
         chosen_tasks(labelled, ["zero_shot"])
 
 

@@ -69,6 +69,18 @@ def test_logits_are_scaled_cosines():
     np.testing.assert_allclose(apply(tiny.VIT, variables, images, tokens)[0], cosines / 0.07, atol=2e-5)
 
 
+def test_a_head_is_linear_in_normalised_image_features():
+    config, images = dataclasses.replace(tiny.VIT, classes=("a", "b")), floats(tiny.VIT, 3)
+    variables = init(tiny.VIT)
+    classifier = np.random.default_rng(0).normal(size=(2, config.embed_dim)).astype(np.float32)
+    variables = {"params": {**variables["params"], "classifier": classifier}}
+    features = np.asarray(apply(config, variables, images, method=CLIP.encode_image), np.float64)
+    expected = features / np.linalg.norm(features, axis=1)[:, None] @ classifier.T
+    np.testing.assert_allclose(apply(config, variables, images, method=CLIP.classify), expected, atol=1e-5)
+    with pytest.raises(UserError, match="this model has no classification head"):
+        apply(tiny.VIT, variables, images, method=CLIP.classify)
+
+
 def test_text_tower_is_causal():
     """The hidden state at t has no gradient with respect to the position embeddings after t."""
     config = tiny.VIT

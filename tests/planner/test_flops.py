@@ -67,5 +67,7 @@ def test_what_is_frozen_and_what_is_not_seen_costs_less():
     assert train_flops(run) == 3 * (image + text + row)
     frozen = replace(run, optimizer=replace(run.optimizer, frozen=("visual/*",)))
     assert train_flops(frozen) == image + 3 * text + 2 * row
+    with_head = replace(run, model=replace(tiny.VIT, classes=("a", "b", "c")), loss="cross_entropy")
+    assert train_flops(with_head) == 3 * (image + 2 * 3 * tiny.VIT.embed_dim)
     dropped = traced(CLIP.encode_image, images, True, half)
     assert train_flops(replace(run, patch_dropout=0.5)) == 3 * (dropped + text + row)
