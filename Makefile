@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 DEMO := runs/demo
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo_rn test test-slow test-reliability test-network lint clean
+.PHONY: help demo demo_rn test test-slow test-reliability test-network examples lint clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+[a-z_]*:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z_-]+):[^#]*## */  make \1\t/' | expand -t 22
@@ -40,6 +40,9 @@ test-reliability: $(VENV)/installed-test  ## runs that are killed at every momen
 
 test-network: $(VENV)/installed-test  ## OpenAI's published values with the real weights (downloads gigabytes)
 	$(BIN)/python -m pytest -m network
+
+examples: $(VENV)/installed-test  ## run the notebooks of examples/ and write their pages, docs/examples
+	$(BIN)/python -m examples.pages
 
 clean:  ## remove the virtual environment and the demo's run
 	rm -rf $(VENV) runs

@@ -18,7 +18,9 @@ from clip_jax.training.step import patches_kept
 def train_flops(run: RunConfig) -> int:
     """Of one example in a training step: both towers and its row of the similarity matrix, forward and backward.
 
-    A tower that is frozen as a whole has no backward pass. A head takes the place of the text tower and the matrix.
+    A tower that is frozen as a whole has no backward pass. One that is frozen in part counts in full, which is too much
+    by the gradients of its frozen weights: with adapters on few kernels, by up to a third. A head takes the place of
+    the text tower and the matrix.
     """
     config = run.model
     trained, _ = split(variable_shapes(config)["params"], frozen_patterns(run))

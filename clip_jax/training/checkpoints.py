@@ -247,7 +247,7 @@ def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
 @jax.jit
 def is_finite(state: TrainState) -> Bool[Array, ""]:
     """Of the model and the optimizer's state; the guard uses NaN for what is not there yet."""
-    leaves = jax.tree.leaves((state.params, state.batch_stats, state.opt_state, state.ema))
+    leaves = jax.tree.leaves((state.params, state.batch_stats, state.opt_state, state.ema, state.adapters))
     return jnp.stack([jnp.isfinite(leaf).all() for leaf in leaves]).all()
 
 

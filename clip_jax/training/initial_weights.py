@@ -82,7 +82,7 @@ def start_from(
       init: what to take from where.
       config: of the model that is trained.
       state: fresh.
-      frozen: patterns of what is not trained, and so has no average.
+      frozen: patterns of what is not trained, and so has no average and no adapters.
       start_head: makes the model's head, if it has one that `init.init_from` lacks.
 
     Raises:
@@ -107,6 +107,7 @@ def start_from(
         params=variables["params"],
         batch_stats=variables.get("batch_stats", {}),
         ema=jax.tree.map(jnp.copy, trained) if state.ema else {},
+        adapters=state.adapters.replace(base=jax.tree.map(jnp.copy, trained)) if state.adapters else {},
     )
 
 

@@ -12,6 +12,7 @@ import optax
 from clip_jax.losses import SOFTMAX, Loss
 from clip_jax.models import CLIP, abstract_inputs
 from clip_jax.parallel import Partitioner
+from clip_jax.training.adapters import AdapterConfig, initial_adapters
 from clip_jax.training.guard import GuardConfig, initial_guard
 from clip_jax.training.parameters import merge, split
 
@@ -26,7 +27,8 @@ class Training:
       partitioner: the mesh and what is split over it.
       loss: one of `LOSSES`, with its options.
       frozen: patterns of the paths of parameters that are not trained, those that the loss does not depend on among
-        them.
+        them; with adapters, all but the adapted kernels.
+      adapters: through which kernels are trained, if its rank is above 0.
       running_statistics: whether BatchNorm normalises by its running statistics, which then stay as they are.
       patch_dropout: share of the patches of each image that a ViT does not see.
       seed: of what is random in a step.
@@ -43,6 +45,7 @@ class Training:
     microbatches: int = 1
     guard: GuardConfig = GuardConfig()
     frozen: tuple[str, ...] = ()
+    adapters: AdapterConfig = AdapterConfig()
     running_statistics: bool = False
     patch_dropout: float = 0.0
     seed: int = 0
@@ -55,11 +58,12 @@ class TrainState:
 
     Attributes:
       step: int32 scalar, how many batches have been seen; the updates are fewer by those that were skipped.
-      params: the model's parameters, float32.
+      params: the model's parameters, float32; adapters are merged into them.
       batch_stats: running statistics of BatchNorm; empty for a ViT.
-      opt_state: the optimizer's moments of the parameters that are trained, and its count of updates.
+      opt_state: the optimizer's moments of what is trained, parameters or adapters' factors, and its count of updates.
       guard: what the next step is judged by, and how many were skipped.
       ema: the moving average of the parameters that are trained; empty if none is kept.
+      adapters: the `Adapters` of the kernels that have them; empty if none has.
     """
 
     step: Any
@@ -68,6 +72,7 @@ class TrainState:
     opt_state: Any
     guard: Any
     ema: Any = flax.struct.field(default_factory=dict)
+    adapters: Any = flax.struct.field(default_factory=dict)
 
     @property
     def variables(self) -> dict[str, Any]:
@@ -120,13 +125,15 @@ def _boxed_init(training: Training):
         variables = training.model.lazy_init(key, *abstract_inputs(training.model.config))
         params = training.loss.start(variables["params"])
         trained, _ = split(params, training.frozen)
+        adapters = initial_adapters(training.adapters, trained, key) if training.adapters.rank else {}
         return TrainState(
             step=jnp.zeros((), jnp.int32),
             params=params,
             batch_stats=variables.get("batch_stats", {}),
-            opt_state=training.optimizer.init(trained),
+            opt_state=training.optimizer.init(adapters.factors if adapters else trained),
             guard=initial_guard(training.guard),
             ema=trained if training.ema_decay else {},
+            adapters=adapters,
         )
 
     return init

@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int, Shaped, UInt8
 from clip_jax.models import CLIP, VisionTransformerConfig, normalize
 from clip_jax.parallel import Jitted, Partitioner
 from clip_jax.processing import Preprocess
+from clip_jax.training.adapters import gradient_of_factors, merged
 from clip_jax.training.guard import accepts, advance
 from clip_jax.training.parameters import merge, split
 from clip_jax.training.state import Training, TrainState, state_shardings
@@ -52,18 +53,26 @@ def make_train_step(training: Training) -> Jitted:
             return loss.value(*features, batch[loss.target], params, partitioner), batch_stats
 
         (value, batch_stats), grads = jax.value_and_grad(loss_fn, has_aux=True)(trained)
+        learned = trained
+        if state.adapters:
+            learned = state.adapters.factors
+            grads = gradient_of_factors(state.adapters, training.adapters.scale, grads)
         grad_norm = optax.tree.norm(grads)
         accepted = accepts(state.guard, training.guard, value, grad_norm, batch_stats)
 
-        def updated() -> tuple[Any, Any, Any, Any]:
-            updates, opt_state = training.optimizer.update(grads, state.opt_state, trained)
-            new = loss.bound(optax.apply_updates(trained, updates))
+        def updated() -> tuple[Any, Any, Any, Any, Any]:
+            updates, opt_state = training.optimizer.update(grads, state.opt_state, learned)
+            new, adapters = optax.apply_updates(learned, updates), state.adapters
+            if adapters:
+                adapters = adapters.replace(factors=new)
+                new = merged(adapters, training.adapters.scale)
+            new = loss.bound(new)
             ema = optax.incremental_update(new, state.ema, 1 - training.ema_decay) if training.ema_decay else {}
-            return new, opt_state, batch_stats or state.batch_stats, ema
+            return new, opt_state, batch_stats or state.batch_stats, ema, adapters
 
         # A branch, because choosing between the old and the new leaf by leaf would read and write them once more.
-        kept = trained, state.opt_state, state.batch_stats, state.ema
-        trained, opt_state, batch_stats, ema = jax.lax.cond(accepted, updated, lambda: kept)
+        kept = trained, state.opt_state, state.batch_stats, state.ema, state.adapters
+        trained, opt_state, batch_stats, ema, adapters = jax.lax.cond(accepted, updated, lambda: kept)
         guard = advance(state.guard, accepted, value, grad_norm)
         params = merge(trained, frozen)
         metrics = {
@@ -73,7 +82,7 @@ def make_train_step(training: Training) -> Jitted:
             "skipped": guard.skipped,
             "skipped_in_a_row": guard.skipped_in_a_row,
         }
-        return TrainState(state.step + 1, params, batch_stats, opt_state, guard, ema), metrics
+        return TrainState(state.step + 1, params, batch_stats, opt_state, guard, ema, adapters), metrics
 
     shardings = state_shardings(training)
     return partitioner.jit(

@@ -1,0 +1,1 @@
+"""The notebooks, what they run with, and how their pages are made."""
