@@ -31,6 +31,7 @@ from clip_jax.evaluation.head import classify_by_head
 from clip_jax.evaluation.linear_probe import linear_probe
 from clip_jax.evaluation.zero_shot import zero_shot
 from clip_jax.interpolate import interpolate
+from clip_jax.judged_run import start_of_head
 from clip_jax.models import CLIP
 from clip_jax.options import from_dict, to_dict
 from clip_jax.parallel import MeshConfig, make_partitioner
@@ -40,7 +41,7 @@ from clip_jax.training.config import RunConfig
 from clip_jax.training.head import with_classes
 from clip_jax.training.optimizer import OptimizerConfig
 from clip_jax.training.run import run
-from train import start_of_head
+
 
 BEFORE = ("zero-shot", "linear probe")
 SEEDS, GRID_SEED = (0, 1, 2), 0
@@ -74,15 +75,20 @@ METHODS = {
     "plain": Method(2e-4, plain=True),
     "plain, five times ours": Method(1e-3, plain=True),
     "full, negatives": Method(2e-4),
-    "full, positives": Method(2e-4, {"repeated_captions": "positives"}),
     "full, ignored": Method(2e-4, IGNORED),
     "full, ignored, layer decay": Method(2e-4, IGNORED, {"layer_decay": 0.65}),
     "image tower locked": Method(6e-4, IGNORED, {"frozen": ("visual/*",)}),
     "text tower locked": Method(2e-4, IGNORED, {"frozen": ("text/*",)}),
+    "adapters": Method(6e-4, {**IGNORED, "adapters": {"rank": 8}}),
     "head": Method(2e-4, {"loss": "cross_entropy"}),
     "head after linear probe": Method(2e-4, {"loss": "cross_entropy", "head_from": "linear_probe"}),
 }
-GRID = ("full, ignored", "image tower locked")  # the others have the rate of the first
+GRID = (
+    "full, ignored",
+    "full, ignored, layer decay",
+    "image tower locked",
+    "adapters",
+)  # the others have the rate of the first
 
 
 def main() -> None:
