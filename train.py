@@ -16,7 +16,6 @@ import installed  # noqa: F401  (first: it says what to do where the requirement
 from clip_jax import cli
 from clip_jax.errors import UserError
 from clip_jax.platform import keep_compiled_programs
-from clip_jax.workdir import EVAL, EVAL_EMA
 
 
 def main(argv: Sequence[str]) -> None:
@@ -37,9 +36,6 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--plan_output", metavar="FILE.json", help="also write the plan here")
     cli.add_process_flags(parser)
     flags, config = cli.parse(parser, argv)
-    from clip_jax.training.head import with_classes
-
-    config = with_classes(config)
     if flags.check_data:
         check_data(config)
         return
@@ -49,82 +45,38 @@ def main(argv: Sequence[str]) -> None:
         raise UserError("--plan_output writes what --plan TOPOLOGY makes; give both")
     if flags.plan:
         from clip_jax.planner.report import main_plan
+        from clip_jax.training.head import with_classes
 
-        main_plan(config, flags.plan, flags.plan_output)
+        main_plan(with_classes(config), flags.plan, flags.plan_output)
         return
-    from clip_jax.training.run import run
+    from clip_jax.distributed import together
+    from clip_jax.judged_run import train
+    from clip_jax.training.resolve import resolved
 
     keep_compiled_programs()
     cli.join_processes(flags)
-    run(config, flags.workdir, zero_shot_evaluation if config.eval_datasets else None, start_of_head)
+    train(together(lambda: resolved(config)), flags.workdir)
 
 
 def check_data(config: Any) -> None:
-    """Report what is damaged in the training data.
+    """Report what is damaged in the training data, and in what is held out of it.
 
     Raises:
       UserError: something is, and the run would stop at it.
     """
     from clip_jax.data.check import check
+    from clip_jax.data.sources import held_out_of
+    from clip_jax.training.head import with_classes
     from clip_jax.training.run import make_reader
 
-    reader = make_reader(config)
-    results = check(reader.mixture.sources, reader.target)
+    reader = make_reader(with_classes(config))
+    held_out = [source.divided()[1] for source in held_out_of(config.data).values()]
+    results = check([*reader.mixture.sources, *held_out], reader.target)
     for result in results:
         print("\n".join(result.lines()))
     damaged = sum(result.damage.total() for result in results)
     if damaged and config.input.on_damage == "stop":
         raise UserError(f"{damaged} damaged; mend the data, or train with --config.on_damage=skip")
-
-
-def zero_shot_evaluation(config: Any, training: Any) -> Any:
-    """What training calls every `eval_every` steps: accuracy on the config's data sets.
-
-    Images are classified by the model's head where it has all classes of the data set, and zero-shot elsewhere. Where
-    the run keeps an average of the weights, it is measured as well, under keys of its own.
-    """
-    from clip_jax.distributed import together
-    from clip_jax.evaluation.datasets import evaluation_set
-    from clip_jax.evaluation.encoders import make_encoders
-    from clip_jax.evaluation.head import classifies
-    from clip_jax.evaluation.tasks import chosen_tasks
-    from clip_jax.evaluation.zero_shot import check_prompts
-
-    encoders = make_encoders(training.model, training.partitioner)
-    datasets = together(lambda: [evaluation_set(name, config.access) for name in config.eval_datasets])
-    for dataset in datasets:
-        chosen_tasks(dataset, ["zeroshot"])
-        check_prompts(encoders, dataset)
-    classify = {dataset.name: classifies(encoders, dataset) for dataset in datasets}
-
-    def evaluate(state: Any) -> dict[str, float]:
-        models = {EVAL: state.variables, **({EVAL_EMA: state.ema_variables} if training.ema_decay else {})}
-        return {
-            f"{prefix}{dataset.name}/{metric}": value
-            for prefix, variables in models.items()
-            for dataset in datasets
-            for metric, value in classify[dataset.name](encoders, variables, dataset, progress=False).metrics.items()
-        }
-
-    return evaluate
-
-
-def start_of_head(config: Any, training: Any, reader: Any) -> Any:
-    """What makes the head of a run that starts from a model without one: a function of that model's weights."""
-    from functools import partial
-
-    from clip_jax.distributed import together
-    from clip_jax.evaluation.datasets import evaluation_set
-    from clip_jax.evaluation.encoders import make_encoders
-    from clip_jax.evaluation.head import check_head_prompts, linear_probe_head, templates_for, zero_shot_head
-
-    encoders, sources = make_encoders(training.model, training.partitioner), reader.mixture.sources
-    if config.init.head_from == "linear_probe":
-        return partial(linear_probe_head, encoders, sources=sources)
-    datasets = together(lambda: [evaluation_set(name, config.access) for name in config.eval_datasets])
-    templates = templates_for(config.model.classes, sources, datasets)
-    check_head_prompts(encoders, templates)
-    return partial(zero_shot_head, encoders, templates=templates)
 
 
 if __name__ == "__main__":

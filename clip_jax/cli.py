@@ -72,7 +72,9 @@ def parse(
         overrides["offline"] = "true"
     if overrides and flags.config is None:
         raise UserError(f"--config.{next(iter(overrides))} overrides a value of a config; give --config NAME too")
-    return flags, load_config(flags.config, overrides) if flags.config is not None else None
+    if flags.config is None:
+        return flags, None
+    return flags, load_config(flags.config, overrides, getattr(flags, "workdir", None))
 
 
 def add_process_flags(parser: argparse.ArgumentParser) -> None:
@@ -94,21 +96,27 @@ def config_names() -> list[str]:
     return sorted(path.stem for path in CONFIGS.glob("*.py") if path.stem != "__init__")
 
 
-def load_config(name: str, overrides: Mapping[str, str] | None = None) -> "RunConfig":
+def load_config(name: str, overrides: Mapping[str, str] | None = None, workdir: str | None = None) -> "RunConfig":
     """The run that a config file describes; the file is Python and is run.
 
     Args:
       name: of a file in configs/, or a path that ends in .py.
       overrides: from dotted names of options to the text of their values.
+      workdir: of the run, if there is one already.
 
     Raises:
       UserError: there is no such file, it cannot be run, or a field is unknown, missing, or of another type.
     """
     from clip_jax.training.config import RunConfig
+    from clip_jax.training.resolve import with_model
 
-    values, origin = _file_values(name), f"config {name}"
-    for field, text in (overrides or {}).items():
-        values = options.override(RunConfig, values, field, text, origin)
+    values, origin, overrides = _file_values(name), f"config {name}", overrides or {}
+    of_model = [field for field in overrides if field.startswith("model.")]  # on top of the model, wherever it is from
+    for field in (field for field in overrides if field not in of_model):
+        values = options.override(RunConfig, values, field, overrides[field], origin)
+    values = with_model(values, workdir)
+    for field in of_model:
+        values = options.override(RunConfig, values, field, overrides[field], origin)
     return options.from_dict(RunConfig, values, origin)
 
 

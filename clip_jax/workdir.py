@@ -2,7 +2,11 @@
 
 WORKDIR/config.json        the resolved configuration
 WORKDIR/metrics.jsonl      one JSON object per line
+WORKDIR/start              the model that the run started from, a model folder, if it did not start from random weights
+WORKDIR/held_out.json      which images it trains on and which it is judged by, if it holds some out
 WORKDIR/checkpoints/STEP   a model folder each, with the training state beside the model
+WORKDIR/results.json       what came of it, of a run that holds some out: before and after
+WORKDIR/report.html        the same as a page with pictures
 WORKDIR/damaged/STEP       checkpoints that turned out to be damaged
 WORKDIR/lock               which process trains here
 """
@@ -20,8 +24,10 @@ from clip_jax.errors import UserError
 logger = logging.getLogger(__name__)
 
 CHECKPOINTS, RUN_CONFIG, METRICS = "checkpoints", "config.json", "metrics.jsonl"
+START, HELD_OUT, RESULTS, REPORT = "start", "held_out.json", "results.json", "report.html"
 EVAL, EVAL_EMA = "eval/", "eval_ema/"  # what the keys of an evaluation begin with: of the weights, of their average
 BEST, EMA = "@best", "@ema"
+_SCORES = ("/acc1", "/image_retrieval_recall@1")  # a run is as good as the first of these says that it has
 
 
 def absolute(path: epath.PathLike) -> epath.Path:
@@ -81,24 +87,34 @@ def steps_of(workdir: epath.PathLike) -> list[int]:
 
 
 def best_step(workdir: epath.PathLike, steps: Sequence[int], averaged: bool = False) -> int | None:
-    """The one of `steps` whose top-1 accuracy, averaged over the evaluation sets, is highest; None if none has any.
+    """The one of `steps` whose score is highest, of equals the newest; None if none has any."""
+    found = scores(workdir, steps, averaged)
+    return max(found, key=lambda step: (found[step], step), default=None)
 
-    Steps are comparable only where the same sets were measured: those of the newest evaluation count.
+
+def scores(workdir: epath.PathLike, steps: Sequence[int] | None = None, averaged: bool = False) -> dict[int, float]:
+    """How good a run was at its evaluated steps, ascending: top-1 accuracy averaged over the evaluation sets.
+
+    Where no set has classes it is the recall of images by their captions. Steps are comparable only where the same sets
+    were measured: those of the newest evaluation count.
 
     Args:
       workdir: of the run.
-      steps: those to choose from.
+      steps: which of them; by default all.
       averaged: whether to judge the moving average of the weights, not the weights themselves.
     """
     prefix = EVAL_EMA if averaged else EVAL
-    accuracies: dict[int, dict[str, float]] = {}
-    for line in read_metrics(workdir):
-        measured = {key: line[key] for key in line if key.startswith(prefix) and key.endswith("/acc1")}
-        accuracies.setdefault(line["step"], {}).update(measured)
-    evaluated = {step: values for step, values in sorted(accuracies.items()) if values and step in steps}
-    sets = list(evaluated.values())[-1].keys() if evaluated else ()
-    scores = {step: np.mean(list(values.values())) for step, values in evaluated.items() if values.keys() == sets}
-    return max(scores, key=lambda step: (scores[step], step), default=None)
+    lines = [line for line in read_metrics(workdir) if steps is None or line["step"] in steps]
+    for ending in _SCORES:
+        measured: dict[int, dict[str, float]] = {}
+        for line in sorted(lines, key=lambda line: line["step"]):
+            own = {key: line[key] for key in line if key.startswith(prefix) and key.endswith(ending)}
+            if own:
+                measured.setdefault(line["step"], {}).update(own)
+        if measured:
+            sets = list(measured.values())[-1].keys()
+            return {step: float(np.mean(list(own.values()))) for step, own in measured.items() if own.keys() == sets}
+    return {}
 
 
 def read_metrics(workdir: epath.PathLike) -> list[dict[str, Any]]:

@@ -8,6 +8,7 @@ from PIL import Image
 from clip_jax.data.example import Example
 from clip_jax.data.sources import SOURCES, SourceConfig
 from clip_jax.evaluation.registry import EVALUATION_SETS, Entry
+from clip_jax.judged_run import Evaluation
 from clip_jax.losses import LOSSES, SOFTMAX
 from clip_jax.options import option
 from clip_jax.training import run as run_module
@@ -16,7 +17,6 @@ from clip_jax.training.loop import Hook, every
 from clip_jax.training.optimizer import OptimizerConfig
 from clip_jax.workdir import read_metrics
 from tests import tiny
-from train import zero_shot_evaluation
 
 # A loss is one object: twice CLIP's, with another start.
 DOUBLED = replace(
@@ -84,7 +84,7 @@ def test_a_run_with_a_loss_a_source_an_evaluation_set_and_a_hook_of_ones_own(tmp
         total_steps=3,
         optimizer=OptimizerConfig(warmup_steps=1),
     )
-    run_module.run(config, str(tmp_path), zero_shot_evaluation)
+    run_module.run(config, str(tmp_path), Evaluation)
     assert seen.calls == ["start", 2, 3, "end"]
     first, *_, evaluated = read_metrics(tmp_path)
     # The loss of 8 pairs is near ln 8 at first; this one is twice that, and its scale starts elsewhere.

@@ -1,5 +1,6 @@
 """`folder`: images on disk, with captions in text files beside them, or in one sub-folder for each class."""
 
+import functools
 import logging
 import os
 from collections.abc import Iterator
@@ -7,6 +8,7 @@ from collections.abc import Iterator
 from clip_jax.data.checked import decoded_captions, read_file
 from clip_jax.data.damage import Damaged, naming
 from clip_jax.data.example import Example, Source
+from clip_jax.data.held_out import Division, divide
 from clip_jax.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -33,22 +35,71 @@ def open_folder(path: str, templates: tuple[str, ...] = ()) -> Source:
     Raises:
       UserError: there is no image, or none with a caption, or a template without `{}`.
     """
-    if templates:
-        return LabelledFolder(path, templates)
     found = _find_images(path)
+    if not templates and (templates := _own_templates(path, found)):
+        logger.info(
+            "%s has no caption files: its %d sub-folders are taken for classes, and the captions are %r; "
+            "set templates to word them",
+            path,
+            len({_class_of(image, path) for image, _ in found}),
+            templates[0],
+        )
+    return _opened(path, templates, found)
+
+
+@functools.lru_cache(maxsize=16)
+def open_divided(path: str, templates: tuple[str, ...], share: float) -> tuple[Source, Source, Division]:
+    """What of a folder to train on, what to judge by, and how it was divided; says so in the log.
+
+    A process looks once, so that the parts stay apart while somebody adds images.
+
+    Args:
+      path: as for `open_folder`.
+      templates: as for `open_folder`.
+      share: of the images of each class, or of all where they have captions; see `divide`.
+
+    Raises:
+      UserError: as `open_folder` and `divide`; or a class folder is empty.
+    """
+    found = _find_images(path)
+    templates = templates or _own_templates(path, found)
+    classes = {image: _class_of(image, path) if templates else "" for image, _ in found}
+    if templates:
+        classes = {image: name for image, name in classes.items() if name}
+        _check_no_class_is_empty(path, {*classes.values()})
+    division = divide(path, classes, share)
+    captions = f" of {len({*classes.values()})} classes, with the captions {', '.join(templates)}" if templates else ""
+    logger.info(
+        "%s: %d images%s; %d to train on, %d held out%s",
+        path,
+        len(classes),
+        captions,
+        len(division.train),
+        len(division.held_out),
+        f"; {division.copies} are copies of others, and in the same part as those" if division.copies else "",
+    )
+    train, held_out = ([item for item in found if item[0] in part] for part in (division.train, division.held_out))
+    return _opened(path, templates, train), _opened(path, templates, held_out), division
+
+
+def _opened(path: str, templates: tuple[str, ...], found: Found) -> Source:
+    return LabelledFolder(path, templates, found) if templates else CaptionedFolder(path, found)
+
+
+def _own_templates(path: str, found: Found) -> tuple[str, ...]:
+    """Those of a folder for which none are given: none if it has captions, else the paper's, if it has classes."""
     if any(ending != _NO_CAPTIONS for _, ending in found):
-        return CaptionedFolder(path, found)
+        return ()
     classes = {_class_of(image, path) for image, _ in found}
     if "" in classes or len(classes) < 2:
         raise _without_captions(found)
-    logger.info(
-        "%s has no caption files: its %d sub-folders are taken for classes, and the captions are %r; "
-        "set templates to word them",
-        path,
-        len(classes),
-        DEFAULT_TEMPLATES[0],
-    )
-    return LabelledFolder(path, DEFAULT_TEMPLATES, found)
+    return DEFAULT_TEMPLATES
+
+
+def _check_no_class_is_empty(path: str, classes: set[str]) -> None:
+    folders = {entry.name for entry in os.scandir(path) if entry.is_dir() and not entry.name.startswith(".")}
+    if empty := sorted(folders - classes):
+        raise UserError(f"{path}/{empty[0]} holds no image: add some, or remove the folder")
 
 
 class CaptionedFolder:
@@ -79,6 +130,7 @@ class LabelledFolder:
 
     Attributes:
       class_names: the names of the sub-folders, with spaces for underscores.
+      templates: of the captions; empty where there are none.
     """
 
     def __init__(self, path: str, templates: tuple[str, ...] = (), found: Found | None = None):
@@ -91,7 +143,7 @@ class LabelledFolder:
             raise UserError(f"{path} has images but no class sub-folders: expected {path}/CLASS/IMAGE")
         if stray := classes.count(""):
             logger.warning("%s: %d images lie in no class sub-folder and are left out", path, stray)
-        self.name = path
+        self.name, self.templates = path, templates
         self.class_names = tuple(folder.replace("_", " ") for folder in folders)
         self._captions = [tuple(text.replace("{}", name) for text in templates) for name in self.class_names]
         labels = {folder: label for label, folder in enumerate(folders)}
@@ -129,6 +181,8 @@ def _scan(path: str) -> Iterator[tuple[str, str]]:
                 folders.append(entry.path)
             elif kind in _IMAGES and entry.is_file():
                 images.append(entry.path)
+            elif kind in _IMAGES and entry.is_symlink():
+                logger.warning("%s is a broken link and left out", entry.path)
             elif kind == _CAPTIONS and entry.is_file():
                 captions[_stem(entry.path)] = ending
     yield from ((image, captions.get(_stem(image), _NO_CAPTIONS)) for image in images)

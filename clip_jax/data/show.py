@@ -17,6 +17,7 @@ import numpy as np
 from clip_jax import cli
 from clip_jax.data.damage import counted
 from clip_jax.errors import UserError
+from clip_jax.training.resolve import resolved
 from clip_jax.training.run import make_reader
 
 
@@ -30,6 +31,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--batch", type=int, default=0, metavar="N", help="which one; by default 0, the first")
     parser.add_argument("--report", metavar="FILE.html", help="write a page with pictures and captions here")
     flags, config = cli.parse(parser, argv)
+    config = resolved(config)
     if flags.batch < 0:
         raise UserError(f"--batch must be at least 0, got {flags.batch}")
     reader = replace(make_reader(config), skip=config.input.on_damage == "skip")

@@ -13,7 +13,8 @@ from clip_jax.data.access import Access
 from clip_jax.data.damage import Damaged
 from clip_jax.data.digits import Digits
 from clip_jax.data.example import Cached, Source
-from clip_jax.data.folder import open_folder
+from clip_jax.data.folder import open_divided, open_folder
+from clip_jax.data.held_out import Division
 from clip_jax.data.order import Windows
 from clip_jax.data.sharded import Fields, ShardedSource
 from clip_jax.data.shards import Shards
@@ -64,14 +65,31 @@ class FolderConfig(SourceConfig):
     """Images in a folder, with captions in text files beside them, or with one sub-folder for each class."""
 
     path: str = option(help="of the folder")
-    templates: tuple[str, ...] = option((), "captions of class folders, as 'a photo of a {}.'; empty for text files")
+    templates: tuple[str, ...] | str = option(
+        (), "one or several captions of class folders, as 'a photo of a {}.'; empty for text files"
+    )
+    held_out: float = option(
+        0.0, "share of the images of each class that training leaves out and evaluation judges by; their names decide"
+    )
 
     def __post_init__(self):
         super().__post_init__()
         _check_path(self.path, "the folder, as in --config.data.folder.path=PATH")
+        if isinstance(self.templates, str):
+            object.__setattr__(self, "templates", (self.templates,) if self.templates else ())
+        if not 0 <= self.held_out < 1:
+            raise UserError(f"held_out must be at least 0 and below 1, got {self.held_out}")
 
     def open(self, access: Access) -> Source:
-        return open_folder(self.path, self.templates)
+        return self.divided()[0] if self.held_out else open_folder(self.path, self.templates)
+
+    def divided(self) -> tuple[Source, Source, Division]:
+        """What to train on, what is held out, and how the folder was divided."""
+        return open_divided(self.path, self.templates, self.held_out)
+
+    def names(self) -> dict[str, list[str]]:
+        """The images of both parts, by their paths below the folder."""
+        return self.divided()[2].names(self.path)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -229,6 +247,12 @@ def make_sources(
         except UserError as error:
             raise UserError(f"data.{name} {error}") from error
     return tuple(sources.values()), tuple(source.weight for source in configs.values())
+
+
+def held_out_of(config: Mapping[str, Any]) -> dict[str, FolderConfig]:
+    """The sources that hold a part of their images out of training, by name."""
+    configs = {name: source_config(name, config[name]) for name in sorted(config)}
+    return {name: source for name, source in configs.items() if isinstance(source, FolderConfig) and source.held_out}
 
 
 def source_config(name: str, values: Any) -> SourceConfig:

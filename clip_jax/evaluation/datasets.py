@@ -2,19 +2,22 @@
 
 import dataclasses
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from clip_jax.data.access import Access
 from clip_jax.data.example import Source
 from clip_jax.data.folder import DEFAULT_TEMPLATES, LabelledFolder
-from clip_jax.data.sources import SOURCES, source_config
+from clip_jax.data.sources import SOURCES, held_out_of, source_config
 from clip_jax.data.wds import WdsSource, is_wds
 from clip_jax.errors import UserError
 from clip_jax.evaluation import collection, prompts
 from clip_jax.evaluation.registry import EVALUATION_SETS, SUITES, Entry
+from clip_jax.sealed_json import read_object
+from clip_jax.workdir import HELD_OUT, RUN_CONFIG, absolute
 
 SEVERAL_CLASSES = "mean_average_precision"  # the metric of images that can belong to several classes
 
@@ -22,6 +25,7 @@ _USUAL_SPLITS = ("test", "validation")
 _SPLIT = "test"  # of the collection, which calls the split of each set so that its numbers are reported on
 _TRAIN = "train"
 _IMAGENET = "imagenet1k"
+_HELD_OUT = "held_out"  # with a workdir, as a kind of data set
 
 
 @dataclass(frozen=True)
@@ -53,8 +57,8 @@ def accepted_names() -> str:
     """What `evaluation_set` opens, in words."""
     return (
         f"one of {', '.join((*SUITES, *EVALUATION_SETS))}, a folder with one sub-folder for each class or in the "
-        f"layout of clip-benchmark/wds_*, KIND:PATH as in tar:shards/*.tar (KIND of {', '.join(_kinds_with_path())}), "
-        "or a TFDS data set (NAME or NAME/SPLIT)"
+        f"layout of clip-benchmark/wds_*, {_HELD_OUT}:WORKDIR for what a run holds out, KIND:PATH as in "
+        f"tar:shards/*.tar (KIND of {', '.join(_kinds_with_path())}), or a TFDS data set (NAME or NAME/SPLIT)"
     )
 
 
@@ -70,8 +74,9 @@ def evaluation_set(
 
     Args:
       name: one of `EVALUATION_SETS`; a folder with one sub-folder for each class, or in the layout of the collection
-        `clip-benchmark/wds_*` (its test split, or a split's folder); KIND:PATH, the source of that kind in a
-        configuration's `data`; or a TFDS data set: NAME (its test split, or else its validation split) or NAME/SPLIT.
+        `clip-benchmark/wds_*` (its test split, or a split's folder); held_out:WORKDIR, what a run holds out;
+        KIND:PATH, the source of that kind in a configuration's `data`; or a TFDS data set: NAME (its test split, or
+        else its validation split) or NAME/SPLIT.
       access: where data sets are kept, and whether missing ones may be fetched.
       class_names: in place of its own, in the order of its labels.
       templates: in place of its own.
@@ -87,7 +92,8 @@ def evaluation_set(
     entry = entry or Entry(metric=SEVERAL_CLASSES if getattr(source, "type", "") == "multilabel" else "acc1")
     if class_names and labels and len(class_names) != len(labels):
         raise UserError(f"{name} has {len(labels)} classes, but --class_names names {len(class_names)}")
-    names = tuple(class_names) or _class_names(source, entry, labels)
+    as_trained = labels if name.startswith(f"{_HELD_OUT}:") else ()
+    names = tuple(class_names) or as_trained or _class_names(source, entry, labels)
     if templates:
         sentences = tuple(templates)
     elif own := getattr(source, "templates", ()):
@@ -207,12 +213,51 @@ def _other_splits(split: str, splits: Iterable[str]) -> list[str]:
     return [other for other in (_TRAIN, "validation") if other != split.partition("[")[0] and other in splits]
 
 
+def held_out_sets(data: Mapping[str, Any]) -> list[EvaluationSet]:
+    """What the sources of a run hold out of training, by the names of the sources.
+
+    Classes have the captions of training as their prompts; a linear probe is fitted to what the run trains on.
+
+    Args:
+      data: of the run's configuration.
+
+    Raises:
+      UserError: a folder that is missing or cannot be divided.
+    """
+    sets = []
+    for name, source in held_out_of(data).items():
+        _, held_out, _ = source.divided()
+        names, templates = (getattr(held_out, what, ()) for what in ("class_names", "templates"))
+        sets.append(EvaluationSet(name, held_out, names, templates, train=partial(source.open, Access())))
+    return sets
+
+
+def _open_held_out(name: str, workdir: str) -> EvaluationSet:
+    """What the run in a workdir held out, if it is still that."""
+    root = absolute(workdir)
+    if not (root / HELD_OUT).exists():
+        raise UserError(f"{workdir} has no {HELD_OUT}: expected the workdir of a run whose data has held_out above 0")
+    data, stated = read_object(root / RUN_CONFIG).get("data", {}), read_object(root / HELD_OUT)
+    for source, config in held_out_of(data).items():
+        if config.names() != stated.get(source):
+            raise UserError(
+                f"the images in {config.path} are not those that the run in {workdir} began with: some that it has "
+                f"learned from could be judged now; {HELD_OUT} lists them"
+            )
+    sets = held_out_sets(data)
+    if len(sets) != 1:
+        raise UserError(f"{workdir} holds out parts of {len(sets)} sources; one can be opened by name")
+    return dataclasses.replace(sets[0], name=name)
+
+
 def _kinds_with_path() -> list[str]:
     return [kind for kind, config in SOURCES.items() if any(field.name == "path" for field in fields(config))]
 
 
 def _open_unlisted(name: str, access: Access) -> EvaluationSet:
     kind, _, path = name.partition(":")
+    if kind == _HELD_OUT:
+        return _open_held_out(name, path)
     if kind in _kinds_with_path():
         source = source_config(kind, {"path": path}).open(access)
         return EvaluationSet(name, source, getattr(source, "class_names", ()))

@@ -1,6 +1,7 @@
 """A model's two towers over a mesh: rows in, on one host or several; features out, on every host."""
 
 import itertools
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +11,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Num
 from tqdm import tqdm
 
-from clip_jax.evaluation.division import Division, divide_evenly
+from clip_jax.evaluation.division import ROWS_PER_DEVICE, Division, divide_evenly
 from clip_jax.models import CLIP, normalize
 from clip_jax.parallel import Partitioner
 from clip_jax.precision import at_least_float32
@@ -101,6 +102,20 @@ class Encoders:
     encode_images: Encoder
     encode_tokens: Encoder
     probe_features: Encoder
+
+    def images_per_second(self, variables: Variables, most: int) -> float:
+        """How fast images are encoded, measured on a batch that is compiled already if `most` images have been encoded.
+
+        Args:
+          variables: the weights.
+          most: images.
+        """
+        side, count = self.preprocess.image_resolution, min(most, ROWS_PER_DEVICE * self.partitioner.batch_shards)
+        images = np.zeros((count, side, side, 3), np.uint8)
+        self.encode_images(variables, images)
+        began = time.perf_counter()
+        self.encode_images(variables, images)
+        return count / (time.perf_counter() - began)
 
 
 def make_encoders(model: CLIP, partitioner: Partitioner) -> Encoders:

@@ -1,12 +1,15 @@
 """What an evaluation reports: a row for each data set and task, in CLIP_benchmark's format, as files and as a table."""
 
 import csv
+import io
 import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
+
+from etils import epath
 
 from clip_jax.data.checked import read_file
 from clip_jax.errors import UserError
@@ -78,18 +81,19 @@ def row_of(result: "Result", model: str, pretrained: str) -> Row:
     return Row(dataset.name, model, result.task, metrics, pretrained, "en", main_metric, *counts)
 
 
-def write_rows(path: str | Path, rows: Sequence[Row]) -> None:
+def write_rows(path: epath.PathLike, rows: Sequence[Row]) -> None:
     """Write a table with a column for each metric, if the file's name ends in .csv; else a JSON list."""
-    path, objects = Path(path), [row.to_dict() for row in rows]
+    path, objects = epath.Path(path), [row.to_dict() for row in rows]
     if path.suffix.lower() != ".csv":
-        path.write_text(json.dumps(objects, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+        path.write_text(json.dumps(objects, indent=2, allow_nan=False) + "\n")
         return
     flat = [{**row, **row["metrics"]} for row in objects]
     names = dict.fromkeys([*Row.__dataclass_fields__, *(name for row in flat for name in row)])
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, [name for name in names if name != "metrics"], extrasaction="ignore")
-        writer.writeheader()
-        writer.writerows(flat)
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, [name for name in names if name != "metrics"], extrasaction="ignore")
+    writer.writeheader()
+    writer.writerows(flat)
+    path.write_bytes(text.getvalue().encode())
 
 
 def read_rows(path: str | Path) -> list[Row]:

@@ -184,5 +184,6 @@ def parameter_count(config: CLIPConfig) -> int:
 
 @lru_cache(maxsize=4)
 def variable_shapes(config: CLIPConfig) -> Any:
-    """The model's variables as `jax.ShapeDtypeStruct`s; nothing is allocated."""
-    return nn.unbox(jax.eval_shape(CLIP(config).init, jax.random.key(0), *abstract_inputs(config)))
+    """The model's variables as `jax.ShapeDtypeStruct`s; nothing is allocated, and no device asked for."""
+    model = CLIP(config)
+    return nn.unbox(jax.eval_shape(lambda *inputs: model.init(jax.random.key(0), *inputs), *abstract_inputs(config)))

@@ -25,7 +25,7 @@ def train_flops(run: RunConfig) -> int:
     config = run.model
     trained, _ = split(variable_shapes(config)["params"], frozen_patterns(run))
     passes = {tower: 3 if tower in trained else 1 for tower in ("visual", "text")}
-    image, text = _image(config), _text(config.text, config.embed_dim)
+    image, text = image_flops(config), _text(config.text, config.embed_dim)
     if run.patch_dropout:
         image -= _of_patches_left_out(config.vision, patches_kept(config.vision, run.patch_dropout))
     if LOSSES[run.loss].target == "label":
@@ -38,10 +38,11 @@ def train_flops(run: RunConfig) -> int:
 
 def forward_flops(config: CLIPConfig) -> int:
     """Of encoding one image and one text."""
-    return _image(config) + _text(config.text, config.embed_dim)
+    return image_flops(config) + _text(config.text, config.embed_dim)
 
 
-def _image(config: CLIPConfig) -> int:
+def image_flops(config: CLIPConfig) -> int:
+    """Of encoding one image."""
     return _IMAGE_TOWERS[type(config.vision)](config.vision, config.embed_dim)
 
 

@@ -2,10 +2,10 @@
 
 import base64
 import io
-from pathlib import Path
 from typing import Any
 
 import jinja2
+from etils import epath
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
@@ -21,10 +21,10 @@ _TEMPLATES = jinja2.Environment(
 )
 
 
-def write_page(path: str | Path, template: str, **values: Any) -> None:
+def write_page(path: epath.PathLike, template: str, **values: Any) -> None:
     """Fill in a template of this folder and write it; the file's folder is created."""
     page = _TEMPLATES.get_template(template).render(thumbnail=THUMBNAIL, **values)
-    path = Path(path)
+    path = epath.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(page, encoding="utf-8")
 

@@ -45,8 +45,8 @@ class Clock:
 
     @contextmanager
     def stepping(self) -> Iterator[None]:
-        """Around the loop over steps: all before it is the restart."""
-        self._costs[RESTART] += self._enter(STEPS) - self._began
+        """Around the loop over steps: all before it that was nothing else is the restart."""
+        self._costs[RESTART] += self._enter(STEPS) - self._began - sum(self._costs.values())
         threading.Thread(target=self._follow, name="clip_jax-clock", daemon=True).start()
         try:
             yield

@@ -1,5 +1,6 @@
 """A run's configuration as frozen, checked values: the one list of what a config file can say."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -28,7 +29,9 @@ class RunConfig:
     """One training run, as the files in configs/ describe it; the defaults are the paper's recipe."""
 
     name: str = option(help="of the model in reports and plans; evaluation takes official weights of this name")
-    model: CLIPConfig = option(help="the architecture: its fields, or an official name such as ViT-B/32")
+    model: CLIPConfig = option(
+        help="the architecture: its fields, or an official name such as ViT-B/32; left out, that of init_from"
+    )
     data: Mapping[str, Mapping[str, Any]] = option({}, "sources to train on by name, each with its fields and a weight")
     init: InitialWeights = inline(InitialWeights())
     input: InputConfig = inline(InputConfig())
@@ -38,6 +41,7 @@ class RunConfig:
     seed: int = option(0, "of the first weights and of the order of the data")
     batch_size: int = option(32_768, "examples in a step, over all devices")
     total_steps: int = option(390_625, "of the whole run; by default 32 epochs of 400 million pairs")
+    epochs: float = option(0.0, "passes over the data, from which total_steps follow; 0 for total_steps", True)
     microbatches: int = option(1, "pieces in which each device encodes its share; raise it when memory is short")
     loss: str = option(
         "softmax",
@@ -61,8 +65,13 @@ class RunConfig:
     ema_decay: float = option(0.0, "of a moving average of the weights, kept beside them; 0 keeps none")
     mesh: MeshConfig = option(MeshConfig(), "devices of a slice along each axis", may_change=True)
     log_every: int = option(100, "steps between lines of metrics", may_change=True)
-    eval_every: int = option(10_000, "steps between evaluations", may_change=True)
-    checkpoint_every: int = option(5_000, "steps between checkpoints", may_change=True)
+    eval_every: int = option(10_000, "steps between evaluations; 0 for an epoch", may_change=True)
+    patience: int = option(
+        0,
+        "evaluations in a row, none of which scores higher than the best before, after which a run ends; 0: never",
+        True,
+    )
+    checkpoint_every: int = option(5_000, "steps between checkpoints; 0 for an epoch", may_change=True)
     stall_seconds: float = option(
         600.0, "without a step at which an alarm says what each thread is doing; ten times that for anything else", True
     )
@@ -91,8 +100,7 @@ class RunConfig:
             raise UserError(f"seed must be at least 0 and below 2**32, got {self.seed}")
         if self.batch_size < 2:
             raise UserError(f"batch_size must be at least 2, for pairs to be told apart; got {self.batch_size}")
-        steps = ("total_steps", "log_every", "eval_every", "checkpoint_every")
-        for name in ("microbatches", "loss_tile", "keep_checkpoints", *steps):
+        for name in ("microbatches", "loss_tile", "keep_checkpoints", "total_steps", "log_every"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.adapters.rank and not self.init.init_from:
@@ -104,8 +112,11 @@ class RunConfig:
             )
         if not self.stall_seconds > 0:
             raise UserError(f"stall_seconds must be above 0, got {self.stall_seconds}")
-        if self.keep_every < 0:
-            raise UserError(f"keep_every must be at least 0, got {self.keep_every}")
+        for name in ("keep_every", "eval_every", "checkpoint_every", "patience"):
+            if getattr(self, name) < 0:
+                raise UserError(f"{name} must be at least 0, got {getattr(self, name)}")
+        if not 0 <= self.epochs < math.inf:
+            raise UserError(f"epochs must be at least 0, got {self.epochs}")
 
 
 def make_training(config: RunConfig, devices: list[jax.Device] | None = None) -> Training:

@@ -159,13 +159,29 @@ class Hold(Hook):
 
 
 class Evaluate(Hook):
-    """Measure the state, and log what comes back under its own keys."""
+    """Measure the state, and log what comes back under its own keys.
 
-    def __init__(self, evaluate: Callable[[TrainState], Mapping[str, float]], log: Log, clock: Clock):
-        self._evaluate, self._log, self._clock = evaluate, log, clock
+    Args:
+      evaluate: what measures.
+      log: where it goes.
+      clock: of the run.
+      before: whether to measure what a run starts with as well, as its step 0.
+    """
+
+    def __init__(
+        self, evaluate: Callable[[TrainState], Mapping[str, float]], log: Log, clock: Clock, before: bool = False
+    ):
+        self._evaluate, self._log, self._clock, self._before = evaluate, log, clock, before
+
+    def start(self, state: TrainState) -> None:
+        if self._before and not int(state.step):
+            self._measure(0, state)
 
     def step(self, step: Step) -> None:
         self._log.flush()
+        self._measure(step.number, step.state)
+
+    def _measure(self, number: int, state: TrainState) -> None:
         with self._clock.during(EVALUATION):
-            values = self._evaluate(step.state)
-        self._log.evaluation(step.number, values)
+            values = self._evaluate(state)
+        self._log.evaluation(number, values)

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -38,8 +38,8 @@ class Hook:
     def start(self, state: TrainState) -> None:
         """Before the first step."""
 
-    def step(self, step: Step) -> None:
-        """After every step."""
+    def step(self, step: Step) -> bool | None:
+        """After every step; true if the run is to end with it, which the hooks after this one are told."""
 
     def end(self) -> None:
         """When the run ends, also by an exception."""
@@ -55,9 +55,8 @@ class _Every(Hook):
         self._steps, self._hook = steps, hook
         self.start, self.end = hook.start, hook.end
 
-    def step(self, step: Step) -> None:
-        if step.last or step.number % self._steps == 0:
-            self._hook.step(step)
+    def step(self, step: Step) -> bool | None:
+        return self._hook.step(step) if step.last or step.number % self._steps == 0 else None
 
 
 def train(
@@ -68,7 +67,7 @@ def train(
     hooks: Sequence[Hook],
     clock: Clock,
 ) -> TrainState:
-    """Run from `state.step` to `total_steps`; returns the last state.
+    """Run from `state.step` to `total_steps`, or until a hook ends the run; returns the last state.
 
     Args:
       state: fresh or restored.
@@ -89,7 +88,9 @@ def train(
             state, metrics = clock.take(train_step, state, batch)
             step = Step(number, state, metrics, last=number == total_steps)
             for hook in hooks:
-                hook.step(step)
+                step = replace(step, last=bool(hook.step(step)) or step.last)
+            if step.last:
+                break
     return state
 
 

@@ -33,7 +33,7 @@ class OptimizerConfig:
     b1: float = option(0.9, "decay of the first moment")
     b2: float = option(0.98, "decay of the second moment; the paper has 0.999 for ResNets")
     eps: float = option(1e-6, "added to the root of the second moment; the paper has 1e-8 for ResNets")
-    warmup_steps: int = option(2000, "steps of linear warm-up")
+    warmup_steps: int | float = option(2000, "steps of linear warm-up; below 1 a share of the run, as 0.1")
     mu_dtype: str = option("float32", "type of the first moment; bfloat16 saves 2 bytes per parameter")
     frozen: tuple[str, ...] = option((), "patterns of parameters that are not trained, such as visual/*")
     learning_rates: Mapping[str, float] = option({}, "pattern of parameters -> factor on their learning rate")
@@ -77,15 +77,17 @@ def learning_rate_schedule(config: OptimizerConfig, total_steps: int) -> optax.S
     Raises:
       UserError: the warm-up is longer than the run.
     """
-    if not 0 <= config.warmup_steps < total_steps:
+    share = 0 < config.warmup_steps < 1
+    warmup_steps = round(config.warmup_steps * total_steps) if share else config.warmup_steps
+    if not 0 <= warmup_steps < total_steps or warmup_steps != int(warmup_steps):
         raise UserError(
-            f"optimizer.warmup_steps must be at least 0 and less than total_steps; got {config.warmup_steps} and "
-            f"{total_steps}"
+            f"optimizer.warmup_steps must be at least 0 and less than total_steps, or a share below 1; got "
+            f"{config.warmup_steps} and {total_steps}"
         )
     schedule = optax.warmup_cosine_decay_schedule(
-        init_value=0.0 if config.warmup_steps else config.learning_rate,
+        init_value=0.0 if warmup_steps else config.learning_rate,
         peak_value=config.learning_rate,
-        warmup_steps=config.warmup_steps,
+        warmup_steps=int(warmup_steps),
         decay_steps=total_steps,
     )
     return lambda step: schedule(step + 1.0)  # optax would compute with an integer in float32, under x64 as well

@@ -20,14 +20,17 @@ from clip_jax.training.checkpoints import Checkpoints
 from clip_jax.training.clock import Clock
 from clip_jax.training.config import RunConfig, check_same_run, make_training
 from clip_jax.training.guard import initial_guard
+from clip_jax.training.held_out import state_held_out
 from clip_jax.training.hooks import Evaluate, Hold, Log, Save
 from clip_jax.training.initial_weights import StartHead, start_from
 from clip_jax.training.lock import Lock
 from clip_jax.training.loop import Hook, every, on_devices, train
 from clip_jax.training.metrics import MetricsWriter
 from clip_jax.training.optimizer import learning_rate_schedule
+from clip_jax.training.patience import Patience, gets_no_better
 from clip_jax.training.preemption import Preemption
 from clip_jax.training.run_config import config_to_continue, make_workdir, write_config
+from clip_jax.training.start import keep_start
 from clip_jax.training.state import Training, TrainState, abstract_state, initial_state
 from clip_jax.training.step import make_train_step
 from clip_jax.training.storage import storage
@@ -70,14 +73,17 @@ def run(
     with ExitStack() as open_things:
         lock = on_first_process(lambda: open_things.enter_context(closing(Lock(workdir))))
         checkpoints = open_things.enter_context(closing(Checkpoints(workdir, config)))
-        state = _state(checkpoints, training, config, start_head)
+        state = _state(checkpoints, training, config, workdir, start_head)
+        on_first_process(lambda: state_held_out(config, workdir))
         on_first_process(lambda: write_config(workdir, to_dict(config)))
         hosts = jax.process_index(), jax.process_count()
         batches = open_things.enter_context(closing(TrainBatches(reader, config.input, int(state.step), *hosts)))
         writer = on_first_process(lambda: MetricsWriter(workdir, int(state.step), lock.check))
         hooks = [Hold(lock)] if lock else []
         hooks += _hooks(config, workdir, writer, checkpoints, batches, evaluate, clock)
-        return train(state, train_step, on_devices(batches, training.partitioner), config.total_steps, hooks, clock)
+        is_over = gets_no_better(workdir, config.patience)  # a run that was ended early stays so
+        end = int(state.step) if is_over else config.total_steps
+        return train(state, train_step, on_devices(batches, training.partitioner), end, hooks, clock)
 
 
 def _check_workdir(config: RunConfig, workdir: str) -> None:
@@ -115,14 +121,17 @@ def make_target(config: RunConfig) -> Target:
     return Texts(make_tokenizer(config.model.text))
 
 
-def _state(checkpoints: Checkpoints, training: Training, config: RunConfig, start_head: StartHead | None) -> TrainState:
-    """The newest checkpoint's, or a fresh one."""
+def _state(
+    checkpoints: Checkpoints, training: Training, config: RunConfig, workdir: str, start_head: StartHead | None
+) -> TrainState:
+    """The newest checkpoint's, or a fresh one; the model that a fresh one starts from is kept in the workdir."""
     restored = checkpoints.restore(abstract_state(training))
     if restored is None:
         state = initial_state(training, config.seed)
-        if not config.init.init_from:
-            return state
-        return start_from(config.init, config.model, state, training.frozen, start_head)
+        if config.init.init_from:
+            state = start_from(config.init, config.model, state, training.frozen, start_head)
+            keep_start(workdir, config.model, state.variables)
+        return state
     logger.info("resuming from step %d", int(restored.step))
     if all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(restored.guard)):
         return restored
@@ -145,5 +154,6 @@ def _hooks(
     save = Save(checkpoints, config.checkpoint_every, log, clock)
     hooks = [log, bad_numbers, Watch(clock, config.stall_seconds)]
     if evaluate is not None:  # before the save: what is killed in it is evaluated again
-        hooks.append(every(config.eval_every, Evaluate(evaluate, log, clock)))
+        measure = Evaluate(evaluate, log, clock, before=bool(config.init.init_from))
+        hooks += [every(config.eval_every, measure), every(config.eval_every, Patience(workdir, config.patience))]
     return [*hooks, save, Preemption(save)]

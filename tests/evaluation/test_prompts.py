@@ -3,22 +3,24 @@
 import dataclasses
 import json
 from importlib.metadata import PackageNotFoundError
-from types import SimpleNamespace
 
 import numpy as np
+import optax
 import pytest
 from PIL import Image
 
 import evaluate
-import train
 from clip_jax.data.access import Access
 from clip_jax.errors import UserError
 from clip_jax.evaluation import prompts
 from clip_jax.evaluation.datasets import evaluation_set
 from clip_jax.evaluation.encoders import make_encoders
 from clip_jax.evaluation.registry import Entry
+from clip_jax.judged_run import Evaluation
 from clip_jax.models import CLIP, CLIPConfig, TextConfig
 from clip_jax.parallel import MeshConfig, make_partitioner
+from clip_jax.training.config import RunConfig
+from clip_jax.training.state import Training
 from clip_jax.weights import save
 from tests import tiny
 from tests.evaluation.generated_sets import LISTED, names_in_the_collection, words, write_wds
@@ -207,9 +209,9 @@ def test_prompts_of_all_sets_are_checked_before_anything_is_computed(weights, tm
 def test_training_checks_the_prompts_of_its_evaluation_before_the_first_step(tmp_path):
     model = CLIP(CLIPConfig(32, tiny.VIT.vision, TextConfig(32, 2, 64, 1, context_length=16)))
     long = write_classes(tmp_path / "long", ("cat", "word " * 40))
-    config = SimpleNamespace(eval_datasets=(long,), access=Access())
+    config = RunConfig("tiny", model.config, eval_datasets=(long,))
     with pytest.raises(UserError, match=f"^{long}: .* tokens"):
-        train.zero_shot_evaluation(config, SimpleNamespace(model=model, partitioner=make_partitioner(MeshConfig())))
+        Evaluation(config, Training(model, optax.identity(), make_partitioner(MeshConfig())))
 
 
 def test_the_distribution_is_never_imported():

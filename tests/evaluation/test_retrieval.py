@@ -4,7 +4,6 @@ import dataclasses
 import io
 import json
 import math
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,12 +19,9 @@ from clip_jax.evaluation.datasets import EvaluationSet, evaluation_set
 from clip_jax.evaluation.ranks import own_ranks, retrieval_metrics
 from clip_jax.evaluation.retrieval import RetrievalResult, zero_shot_retrieval
 from clip_jax.evaluation.tasks import chosen_tasks
-from clip_jax.models import CLIP
-from clip_jax.parallel import MeshConfig, make_partitioner
 from clip_jax.processing import tokenize
 from tests import reference_models
 from tests.data.make_shards import photo, write_tar
-from train import zero_shot_evaluation
 
 CONFIG = dataclasses.replace(
     reference_models.ODD_VIT, text=dataclasses.replace(reference_models.ODD_VIT.text, vocab_size=49408)
@@ -319,13 +315,6 @@ def test_a_tfds_set_can_serve_either_task(photos_dir, tmp_path):
         dataset = evaluation_set(name, Access(data_dir))
         assert [task.needs for task in chosen_tasks(dataset)] == [needs]
         assert chosen_tasks(dataset, ["retrieval"])
-
-
-def test_training_refuses_a_set_without_classes_before_it_begins(wds):
-    config = SimpleNamespace(eval_datasets=(str(wds),), access=Access())
-    training = SimpleNamespace(model=CLIP(CONFIG), partitioner=make_partitioner(MeshConfig()))
-    with pytest.raises(UserError, match="wds_photos has no named classes, which zeroshot needs"):
-        zero_shot_evaluation(config, training)
 
 
 def test_neither_classes_nor_captions():

@@ -8,6 +8,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 
 from clip_jax import model_folder
+from clip_jax.judged_run import Evaluation
 from clip_jax.training.config import make_training
 from clip_jax.training.initial_weights import InitialWeights
 from clip_jax.training.optimizer import OptimizerConfig
@@ -16,7 +17,6 @@ from clip_jax.weights import load_variables
 from clip_jax.workdir import read_metrics
 from tests import tiny
 from tests.training.test_run import CONFIG
-from train import zero_shot_evaluation
 
 OPTIMIZER = OptimizerConfig(
     learning_rate=1e-3,
@@ -46,10 +46,10 @@ def test_frozen_parts_stay_bit_for_bit_and_a_resumed_run_does_not_start_again(tm
         total_steps=4,
         checkpoint_every=2,
     )
-    state = run(config, str(workdir), zero_shot_evaluation)
-    evaluate = zero_shot_evaluation(config, make_training(config))
+    state = run(config, str(workdir), Evaluation)
+    evaluate = Evaluation(config, make_training(config))
     averaged = evaluate(state.replace(params=state.ema_variables["params"]))
-    (logged,) = (line for line in read_metrics(workdir) if "eval/digits/acc1" in line)
+    _, logged = (line for line in read_metrics(workdir) if "eval/digits/acc1" in line)
     for metric in ("acc1", "mean_per_class_recall"):
         assert logged[f"eval_ema/digits/{metric}"] == averaged[f"eval/digits/{metric}"]
     before, after = (flatten_dict(tree, sep="/") for tree in (small["params"], load_variables(workdir)[1]["params"]))

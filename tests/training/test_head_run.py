@@ -10,8 +10,7 @@ import pytest
 from sklearn.linear_model import LogisticRegression
 
 import evaluate
-import train
-from clip_jax import interpolate, model_folder
+from clip_jax import interpolate, judged_run, model_folder
 from clip_jax.data.digits import CLASS_NAMES, Digits
 from clip_jax.errors import UserError
 from clip_jax.evaluation import head
@@ -56,7 +55,7 @@ def config_from(source, **changes):
 def trained(source, tmp_path_factory):
     """(config, workdir, last state)."""
     workdir, config = tmp_path_factory.mktemp("head") / "run", config_from(source)
-    return config, workdir, run(config, str(workdir), train.zero_shot_evaluation, train.start_of_head)
+    return config, workdir, run(config, str(workdir), judged_run.Evaluation, judged_run.start_of_head)
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +63,7 @@ def started(source):
     """(encoders, variables before the first step)."""
     config = config_from(source)
     training = make_training(config)
-    start_head = train.start_of_head(config, training, make_reader(config))
+    start_head = judged_run.start_of_head(config, training, make_reader(config))
     state = start_from(config.init, config.model, initial_state(training, 0), training.frozen, start_head)
     assert np.array_equal(state.ema["classifier"], state.params["classifier"])
     return make_encoders(training.model, training.partitioner), state.variables
@@ -89,7 +88,8 @@ def test_a_linear_probe_head_predicts_as_scikit_learn(started, source, monkeypat
     monkeypatch.setattr(head, "choose_strength", lambda *_, **options: 0.01 if not options["bias"] else None)
     encoders, variables = started
     config = config_from(source, init={"head_from": "linear_probe"})
-    assert train.start_of_head(config, encoders, make_reader(config)).func is head.linear_probe_head
+    made = judged_run.start_of_head(config, make_training(config), make_reader(config))
+    assert made.func is head.linear_probe_head
     classifier = head.linear_probe_head(encoders, variables, [Digits("train")])
     variables = {"params": {**variables["params"], "classifier": classifier}}
     train_split, test = (
@@ -127,7 +127,7 @@ def test_the_model_folder_knows_its_classes_and_evaluation_asks_the_head(trained
     assert found.classes == CLASS_NAMES
     report = tmp_path / "report.html"
     assert evaluate.main(["--weights", str(workdir), "--datasets", "digits", "--report", str(report)]) == 0
-    (line,) = [line for line in read_metrics(workdir) if "eval/digits/acc1" in line]
+    *_, line = (line for line in read_metrics(workdir) if "eval/digits/acc1" in line)
     (row,) = [row for row in capsys.readouterr().out.splitlines() if "acc1" in row]
     assert row.split() == ["digits", "head_classification", "acc1", f"{line['eval/digits/acc1']:.4f}"]
     assert "digits, by the head" in report.read_text()
@@ -200,7 +200,7 @@ def test_settings_that_do_not_go_together_are_refused(changes, message):
 )
 def test_heads_that_cannot_be_trained_are_refused_before_the_first_step(source, tmp_path, changes, message):
     with pytest.raises(UserError, match=message):
-        run(config_from(source, **changes), str(tmp_path / "run"), None, train.start_of_head)
+        run(config_from(source, **changes), str(tmp_path / "run"), None, judged_run.start_of_head)
 
 
 @pytest.mark.parametrize("classes", [("a",), ("a", "a"), ("a", "")])

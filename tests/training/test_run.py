@@ -12,6 +12,7 @@ import pytest
 
 from clip_jax import cli, model_folder, options
 from clip_jax.errors import UserError
+from clip_jax.judged_run import Evaluation
 from clip_jax.models import Execution
 from clip_jax.parallel import MeshConfig
 from clip_jax.processing import Augment
@@ -22,7 +23,6 @@ from clip_jax.training.run import run
 from clip_jax.weights import load_variables
 from clip_jax.workdir import read_metrics
 from tests import tiny
-from train import zero_shot_evaluation
 
 FIRST_CONFIG = Path(__file__).parent / "golden" / "first_config.json"
 CONFIG = RunConfig(
@@ -62,7 +62,7 @@ def test_the_augmentation_of_the_config_is_applied(undisturbed, tmp_path):
 
 
 def test_evaluation_does_not_disturb_the_order_of_the_data(undisturbed, tmp_path):
-    run(config_of(eval_every=2), str(tmp_path), zero_shot_evaluation)
+    run(config_of(eval_every=2), str(tmp_path), Evaluation)
     lines = read_metrics(tmp_path)
     losses = {line["step"]: line["loss"] for line in lines if "loss" in line}
     assert len([line for line in lines if "eval/digits/acc1" in line]) == 3
@@ -293,17 +293,17 @@ def test_a_configuration_as_the_first_version_wrote_it_goes_on():
 
 def test_a_new_option_costs_one_line(undisturbed, monkeypatch, capsys):
     """An old workdir resumes, --help_config lists the option and an override sets it."""
-    options_added = [("patience", int, options.option(3, "how long it waits"))]
+    options_added = [("calm", int, options.option(3, "how long it waits"))]
     wider = dataclasses.make_dataclass("Wider", options_added, bases=(RunConfig,), frozen=True)
     values = {item.name: getattr(CONFIG, item.name) for item in dataclasses.fields(CONFIG)}
     workdir, state = undisturbed
     assert int(run(wider(**values), str(workdir)).step) == int(state.step)
-    assert json.loads((workdir / "config.json").read_text())["patience"] == 3
-    with pytest.raises(UserError, match="holds a run with patience=3, this one has 4"):
-        run(wider(**values, patience=4), str(workdir))
+    assert json.loads((workdir / "config.json").read_text())["calm"] == 3
+    with pytest.raises(UserError, match="holds a run with calm=3, this one has 4"):
+        run(wider(**values, calm=4), str(workdir))
 
     monkeypatch.setattr(config_module, "RunConfig", wider)
-    assert cli.load_config("demo", {"patience": "4"}).patience == 4
+    assert cli.load_config("demo", {"calm": "4"}).calm == 4
     with pytest.raises(SystemExit, match="0"):
         cli.parse(cli.argparse.ArgumentParser(), ["--help_config"])
-    assert "patience int = 3 how long it waits" in " ".join(capsys.readouterr().out.split())
+    assert "calm int = 3 how long it waits" in " ".join(capsys.readouterr().out.split())

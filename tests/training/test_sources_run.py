@@ -5,11 +5,11 @@ import pytest
 
 from clip_jax.data.access import Access
 from clip_jax.data.pipeline import InputConfig
+from clip_jax.judged_run import Evaluation
 from clip_jax.training.run import run
 from clip_jax.workdir import read_metrics
 from tests.data.make_shards import members, write_tar
 from tests.training.test_run import config_of, leaves
-from train import zero_shot_evaluation
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +35,7 @@ def test_a_data_set_in_tfds_own_format_trains_is_evaluated_and_resumes(default_p
 
     data = {"tfds": {"name": "tiny_photos"}}
     changes = {"data": data, "access": Access(default_photos), "total_steps": 4, "eval_datasets": ("tiny_photos/test",)}
-    whole = run(config_of(**changes), str(tmp_path / "whole"), zero_shot_evaluation)
+    whole = run(config_of(**changes), str(tmp_path / "whole"), Evaluation)
     evaluated = [line for line in read_metrics(tmp_path / "whole") if "eval/tiny_photos/test/acc1" in line]
     assert evaluated[-1]["step"] == 4
     with pytest.raises(Killed):
