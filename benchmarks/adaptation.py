@@ -42,7 +42,6 @@ from clip_jax.training.head import with_classes
 from clip_jax.training.optimizer import OptimizerConfig
 from clip_jax.training.run import run
 
-
 BEFORE = ("zero-shot", "linear probe")
 SEEDS, GRID_SEED = (0, 1, 2), 0
 RATES = (6e-5, 2e-4, 6e-4, 2e-3)  # peaks; that of pre-training is 2e-3
@@ -76,7 +75,7 @@ METHODS = {
     "plain, five times ours": Method(1e-3, plain=True),
     "full, negatives": Method(2e-4),
     "full, ignored": Method(2e-4, IGNORED),
-    "full, ignored, layer decay": Method(2e-4, IGNORED, {"layer_decay": 0.65}),
+    "full, ignored, layer decay": Method(6e-4, IGNORED, {"layer_decay": 0.65}),
     "image tower locked": Method(6e-4, IGNORED, {"frozen": ("visual/*",)}),
     "text tower locked": Method(2e-4, IGNORED, {"frozen": ("text/*",)}),
     "adapters": Method(6e-4, {**IGNORED, "adapters": {"rank": 8}}),
