@@ -38,8 +38,8 @@ from clip_jax.parallel import MeshConfig, make_partitioner
 from clip_jax.platform import keep_compiled_programs, keep_libtpu_quiet
 from clip_jax.training import config as config_module
 from clip_jax.training.config import RunConfig
-from clip_jax.training.head import with_classes
 from clip_jax.training.optimizer import OptimizerConfig
+from clip_jax.training.resolve import with_classes
 from clip_jax.training.run import run
 
 BEFORE = ("zero-shot", "linear probe")
