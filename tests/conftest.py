@@ -1,5 +1,6 @@
 """Every test sees 8 virtual CPU devices, exact float32 products, and no silent rank promotion."""
 
+import logging
 import os
 from pathlib import Path
 
@@ -18,6 +19,7 @@ os.environ["XLA_FLAGS"] = " ".join(
 
 # Compiled programs are kept between tests and runs; the subprocesses that tests start find them too.
 os.environ["JAX_COMPILATION_CACHE_DIR"] = str(Path(__file__).parent.parent / ".pytest_cache" / "jax")
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
 
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
@@ -25,12 +27,20 @@ jax.config.update("jax_cpu_enable_async_dispatch", False)
 jax.config.update("jax_default_matmul_precision", "highest")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+# Folders whose files take a minute or two each.
+LONG = ("multiprocess", "parity", "reliability")
 
 
 # The same examples in every run, on slow machines too.
 settings.register_profile("fixed", derandomize=True, deadline=None, database=None)
 settings.load_profile("fixed")
+
+
+def pytest_collection_modifyitems(items):
+    """What takes long comes first, so that no worker is left alone with it at the end."""
+    items.sort(key=lambda item: item.path.parent.name not in LONG)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -42,6 +52,18 @@ def own_cache(request, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CLIP_JAX_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield
+
+
+@pytest.fixture
+def quiet_again():
+    """After a script's own logging, the tests' again."""
+    absl, logger = logging.getLogger("absl"), logging.getLogger("clip_jax")
+    filters = [*absl.filters]
+    yield
+    absl.filters[:] = filters
+    logger.handlers.clear()
+    logger.propagate = True
+    logger.setLevel(logging.NOTSET)
 
 
 @pytest.fixture(scope="session")

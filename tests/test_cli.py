@@ -81,15 +81,6 @@ def test_values_out_of_range_are_refused(field, text, message):
         cli.load_config("demo", {field: text})
 
 
-@pytest.fixture
-def quiet_again():
-    yield
-    logger = logging.getLogger("clip_jax")
-    logger.handlers.clear()
-    logger.propagate = True
-    logger.setLevel(logging.NOTSET)
-
-
 def test_neither_events_nor_the_error_break_the_bar(capsys, monkeypatch, quiet_again):
     def main(argv):
         bar = tqdm(total=3, desc="training", file=sys.stderr, mininterval=0)

@@ -7,12 +7,30 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+import evaluate
+import train
+from clip_jax import cli
+
 ROOT = Path(__file__).parent.parent
+SCRIPTS = {"train.py": train, "evaluate.py": evaluate}
 
 
 def call(*arguments):
     command = [sys.executable, *map(str, arguments)]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+
+
+@pytest.fixture
+def call_here(monkeypatch, capsys, quiet_again):
+    """Call a script as its last line does, but in this process; gives its exit code and what it said."""
+
+    def call(script, *arguments):
+        monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            cli.run(SCRIPTS[script].main)
+        return ended.value.code, capsys.readouterr().err
+
+    return call
 
 
 @pytest.fixture(scope="module")
@@ -70,18 +88,25 @@ def mistakes():
 
 
 @pytest.mark.parametrize("name", mistakes())
-def test_a_mistake_gives_one_line_and_exit_code_2(name, tmp_path, other_workdir):
+def test_a_mistake_gives_one_line_and_exit_code_2(name, tmp_path, other_workdir, call_here):
     (tmp_path / "empty").mkdir()
     class_name = tmp_path / "long" / " ".join(["word"] * 30)
     class_name.mkdir(parents=True)
     Image.new("RGB", (40, 40)).save(class_name / "one.png")
     arguments, message = mistakes()[name]
     places = {"tmp": tmp_path, "other": other_workdir}
-    done = call(*(argument.format(**places) for argument in arguments))
-    errors = [line for line in done.stderr.splitlines() if line.startswith("error:")]
-    assert done.returncode == 2, done.stderr
-    assert len(errors) == 1 and message.format(**places) in errors[0], done.stderr
-    assert "Traceback" not in done.stderr
+    code, said = call_here(*(argument.format(**places) for argument in arguments))
+    errors = [line for line in said.splitlines() if line.startswith("error:")]
+    assert code == 2, said
+    assert len(errors) == 1 and message.format(**places) in errors[0], said
+    assert "Traceback" not in said
+
+
+def test_a_mistake_ends_the_process_so(tmp_path):
+    for script, *flags in (("train.py", "--config", "vit_b31"), ("evaluate.py", "--weights", tmp_path)):
+        done = call(script, *flags)
+        assert done.returncode == 2, done.stderr
+        assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
 
 
 def test_without_the_requirements_a_script_says_how_it_is_called():

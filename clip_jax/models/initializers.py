@@ -7,6 +7,7 @@ names to the mesh.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import flax.linen as nn
 import jax
@@ -28,11 +29,11 @@ def constant(value: float, *axes: str) -> Initializer:
 
 def uniform(bound: float, *axes: str) -> Initializer:
     """Uniform in [-bound, bound]."""
+    return nn.with_logical_partitioning(partial(_draw_uniform, bound), axes)
 
-    def draw(key: jax.Array, shape: tuple[int, ...], dtype: DTypeLike = jnp.float32) -> jax.Array:
-        return jax.random.uniform(key, shape, dtype, -bound, bound)
 
-    return nn.with_logical_partitioning(draw, axes)
+def _draw_uniform(bound: float, key: jax.Array, shape: tuple[int, ...], dtype: DTypeLike = jnp.float32) -> jax.Array:
+    return jax.random.uniform(key, shape, dtype, -bound, bound)
 
 
 def torch_linear(fan_in: int, *axes: str) -> Initializer:

@@ -24,7 +24,7 @@ def duration(run: RunConfig, images_per_second: float, judged: int) -> float:
     flops_per_second = images_per_second * image_flops(run.model)
     flops = train_flops(run)
     if run.execution.remat == "full" or run.microbatches > 1:  # what has a backward pass is encoded twice
-        flops += (flops - forward_flops(run.model)) / 2
+        flops += max(0.0, flops - forward_flops(run.model)) / 2
     steps = run.total_steps * run.batch_size * flops / flops_per_second
     return steps + run.total_steps / run.eval_every * judged / images_per_second
 
@@ -40,7 +40,7 @@ def describe(run: RunConfig, images_per_second: float, examples: int, judged: in
     """
     seconds = duration(run, images_per_second, judged)
     cheaper = [f"a linear probe (evaluate.py --tasks linear_probe) {_spoken(examples / images_per_second)}"]
-    if "visual" in split(variable_shapes(run.model)["params"], run.optimizer.frozen)[0]:
+    if not run.adapters.rank and "visual" in split(variable_shapes(run.model)["params"], run.optimizer.frozen)[0]:
         frozen = replace(run, optimizer=replace(run.optimizer, frozen=(*run.optimizer.frozen, _FROZEN)))
         locked = _spoken(duration(frozen, images_per_second, judged))
         cheaper.insert(0, f"a frozen image tower (--config.optimizer.frozen={_FROZEN}) {locked}")

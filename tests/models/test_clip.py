@@ -30,10 +30,14 @@ def init(config, seed=0):
     return nn.unbox(jax.jit(CLIP(config).init)(jax.random.key(seed), images, tokens))
 
 
+@functools.cache
+def compiled(model, method):
+    return jax.jit(functools.partial(model.apply, method=method))
+
+
 def apply(config, variables, *inputs, method=None, execution=None):
     """A method of the model, compiled: op by op a ResNet takes minutes."""
-    model = CLIP(config, execution or Execution())
-    return jax.jit(lambda variables, *inputs: model.apply(variables, *inputs, method=method))(variables, *inputs)
+    return compiled(CLIP(config, execution or Execution()), method)(variables, *inputs)
 
 
 def floats(config, batch, seed=0):
@@ -150,6 +154,19 @@ def test_interceptors_reach_the_blocks():
     np.testing.assert_allclose(silenced, model.bind(variables).visual.pool(embedded), atol=1e-5)
 
 
+@functools.cache
+def value_and_gradients(config, execution):
+    """Of the sum of squared logits."""
+    variables, model = init(config), CLIP(config, execution)
+    images, tokens = floats(config, 4), tiny.tokens(config, 4)
+
+    def loss(params):
+        logits, _ = model.apply({**variables, "params": params}, images, tokens)
+        return jnp.square(logits).sum()
+
+    return jax.jit(jax.value_and_grad(loss))(variables["params"])
+
+
 @pytest.mark.parametrize(
     ("config", "execution"),
     [
@@ -169,16 +186,7 @@ def test_interceptors_reach_the_blocks():
     ),
 )
 def test_execution_changes_neither_values_nor_gradients(config, execution):
-    variables = init(config)
-    images, tokens = floats(config, 4), tiny.tokens(config, 4)
-
-    def loss(params, model):
-        rest = {"batch_stats": variables["batch_stats"]} if "batch_stats" in variables else {}
-        logits, _ = model.apply({"params": params, **rest}, images, tokens)
-        return jnp.square(logits).sum()
-
-    expected = jax.jit(jax.value_and_grad(lambda p: loss(p, CLIP(config))))(variables["params"])
-    got = jax.jit(jax.value_and_grad(lambda p: loss(p, CLIP(config, execution))))(variables["params"])
+    got, expected = value_and_gradients(config, execution), value_and_gradients(config, Execution())
     largest = max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(expected[1]))
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
         # A key's bias has no gradient in exact arithmetic: what is there is rounding of larger ones.

@@ -106,9 +106,9 @@ def our_run(dtype):
     first = jax.tree.map(lambda array: np.asarray(array, dtype), variables["params"])
     params = jax.tree.map(jnp.asarray, first)
     trained, _ = split(params, FROZEN)
-    ema = jax.tree.map(jnp.copy, trained)
+    ema = jax.tree.map(jnp.array, split(first, FROZEN)[0])
     guard = initial_guard(training.guard)
-    state = TrainState(jnp.zeros((), jnp.int32), params, {}, optimizer.init(trained), guard, ema)
+    state = TrainState(jnp.zeros((), jnp.int32), params, {}, jax.jit(optimizer.init)(trained), guard, ema)
     train_step, losses = make_train_step(training), []
     for images, tokens in batches(ODD_VIT):
         state, metrics = train_step(state, {"image": images, "text": tokens})

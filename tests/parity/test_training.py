@@ -115,9 +115,8 @@ def our_run(name, dtype, steps):
     variables = variables_of(reference_model(config).state_dict(), config)
     params = jax.tree.map(lambda array: jnp.asarray(array, dtype), variables["params"])
     statistics = jax.tree.map(lambda array: jnp.asarray(array, dtype), variables.get("batch_stats", {}))
-    state = TrainState(
-        jnp.zeros((), jnp.int32), params, statistics, training.optimizer.init(params), initial_guard(training.guard)
-    )
+    moments, guard = jax.jit(training.optimizer.init)(params), initial_guard(training.guard)
+    state = TrainState(jnp.zeros((), jnp.int32), params, statistics, moments, guard)
     train_step, losses = make_train_step(training), []
     for _, (images, tokens) in zip(range(steps), batches(config), strict=False):
         state, metrics = train_step(state, {"image": images, "text": tokens})
