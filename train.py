@@ -45,7 +45,7 @@ def main(argv: Sequence[str]) -> None:
         raise UserError("--plan_output writes what --plan TOPOLOGY makes; give both")
     if flags.plan:
         from clip_jax.planner.report import main_plan
-        from clip_jax.training.head import with_classes
+        from clip_jax.training.resolve import with_classes
 
         main_plan(with_classes(config), flags.plan, flags.plan_output)
         return
@@ -66,7 +66,7 @@ def check_data(config: Any) -> None:
     """
     from clip_jax.data.check import check
     from clip_jax.data.sources import held_out_of
-    from clip_jax.training.head import with_classes
+    from clip_jax.training.resolve import with_classes
     from clip_jax.training.run import make_reader
 
     reader = make_reader(with_classes(config))

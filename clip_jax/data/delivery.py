@@ -135,9 +135,8 @@ def _chunks(first: int, end: int) -> list[slice]:
 
 
 def _empty(reader: TrainReader, size: int) -> Batch:
-    side, target = reader.preprocess.image_resolution, reader.target
-    images = np.empty((size, side, side, 3), np.uint8)
-    return {"image": images, target.name: np.empty((size, *target.shape), np.int32)}
+    target = reader.target
+    return {"image": reader.empty_images(size), target.name: np.empty((size, *target.shape), np.int32)}
 
 
 def _rows(reader: TrainReader, batch: Batch, rows: slice) -> tuple[np.ndarray, np.ndarray]:
@@ -147,10 +146,8 @@ def _rows(reader: TrainReader, batch: Batch, rows: slice) -> tuple[np.ndarray, n
 
 def _views(reader: TrainReader, memory: SharedMemory, size: int) -> Batch:
     """A batch that lies in shared memory: targets first, whose numbers must be aligned."""
-    side = reader.preprocess.image_resolution
     target = np.ndarray((size, *reader.target.shape), np.int32, memory.buf)
-    image = np.ndarray((size, side, side, 3), np.uint8, memory.buf, target.nbytes)
-    return {"image": image, reader.target.name: target}
+    return {"image": reader.empty_images(size, memory.buf, target.nbytes), reader.target.name: target}
 
 
 _reader: TrainReader  # of a worker process

@@ -32,6 +32,11 @@ class Mixture:
     seed: int
     batch_size: int
 
+    @property
+    def starts(self) -> Int64[np.ndarray, "starts"]:
+        """The number of each source's first example, if those of all are counted through; then how many there are."""
+        return np.cumsum([0, *map(len, self.sources)])
+
     def locate(self, positions: Int64[np.ndarray, "n"]) -> tuple[Int64[np.ndarray, "n"], Int64[np.ndarray, "n"]]:
         """Which source each position reads, and which of its examples."""
         numbers, inside = mixture_index(positions, self.weights)
@@ -58,16 +63,16 @@ class Sample:
       source: the data set's name.
       index: of the example in its data set.
       key: what the data set calls it.
+      image: uint8, cropped and augmented; or the number of the example among those of all sources.
       caption: the one that was drawn, or the name of the class.
-      image: uint8, cropped and augmented.
       target: tokens of the caption, or the number of the class.
     """
 
     source: str
     index: int
     key: str
+    image: UInt8[np.ndarray, "side side 3"] | Int32[np.ndarray, ""]
     caption: str
-    image: UInt8[np.ndarray, "side side 3"]
     target: Int32[np.ndarray, "*shape"]
 
 
@@ -81,6 +86,7 @@ class TrainReader:
       target: what is read besides the images.
       augment: crops the images, and whatever else varies them.
       skip: whether a damaged sample is replaced by another one, which its position decides; else it is an error.
+      by_number: whether the number of an example stands in for its image, which is then not decoded.
     """
 
     mixture: Mixture
@@ -88,11 +94,18 @@ class TrainReader:
     target: Target
     augment: Augment
     skip: bool = False
+    by_number: bool = False
+
+    def empty_images(self, size: int, memory: memoryview | None = None, offset: int = 0) -> np.ndarray:
+        """Room for the images of so many samples, in `memory` if that is given."""
+        side = self.preprocess.image_resolution
+        shape, dtype = ((size,), np.int32) if self.by_number else ((size, side, side, 3), np.uint8)
+        return np.ndarray(shape, dtype, memory, offset)
 
     def read(
         self,
         positions: Int64[np.ndarray, "n"],
-        images: UInt8[np.ndarray, "n side side 3"],
+        images: UInt8[np.ndarray, "n side side 3"] | Int32[np.ndarray, "n"],
         targets: Int32[np.ndarray, "n *shape"],
     ) -> Counter[str]:
         """Write the samples of some positions into arrays.
@@ -116,28 +129,49 @@ class TrainReader:
         """
         numbers, indices = self.mixture.locate(positions)
         for position, number, index in zip(positions.tolist(), numbers.tolist(), indices.tolist(), strict=True):
-            yield self._sample(position, self.mixture.sources[number], index, damage)
+            yield self._sample(position, number, index, damage)
 
-    def _sample(self, position: int, source: Source, index: int, damage: Counter[str]) -> Sample:
+    def pixels(self, number: int) -> UInt8[np.ndarray, "side side 3"]:
+        """The image of an example by its number, where nothing about the images is random.
+
+        Raises:
+          Damaged: it cannot be read.
+        """
+        which = int(np.searchsorted(self.mixture.starts, number, side="right")) - 1
+        source, index = self.mixture.sources[which], number - int(self.mixture.starts[which])
+        with naming(where(source, index)):
+            example = source[index]
+            with of_example(example.key), image_damage():
+                return self.augment(example.image, sample_generator(self.mixture.seed, 0), self.preprocess)
+
+    def _sample(self, position: int, number: int, index: int, damage: Counter[str]) -> Sample:
+        source = self.mixture.sources[number]
         for attempt in range(_ATTEMPTS):
             try:
                 with naming(where(source, index)):
                     example = source[index]
-                    arrays = self._arrays(source, example, sample_generator(self.mixture.seed, position))
-                    return Sample(source.name, index, example.key, *arrays)
+                    generator = sample_generator(self.mixture.seed, position)
+                    image = self._image(number, index, example, generator)
+                    return Sample(source.name, index, example.key, image, *self._target(source, example, generator))
             except Damaged as error:
                 if not self.skip or attempt == _ATTEMPTS - 1:
                     raise
                 damage[error.reason] += 1
                 index = replacement_index(self.mixture.seed, position, attempt, len(source))
 
-    def _arrays(
+    def _image(
+        self, number: int, index: int, example: Example, generator: np.random.Generator
+    ) -> UInt8[np.ndarray, "side side 3"] | Int32[np.ndarray, ""]:
+        if self.by_number:
+            return np.array(self.mixture.starts[number] + index, np.int32)
+        with of_example(example.key), image_damage():
+            return self.augment(example.image, generator, self.preprocess)
+
+    def _target(
         self, source: Source, example: Example, generator: np.random.Generator
-    ) -> tuple[str, UInt8[np.ndarray, "side side 3"], Int32[np.ndarray, "*shape"]]:
-        """The caption that is drawn, the pixels and the target."""
+    ) -> tuple[str, Int32[np.ndarray, "*shape"]]:
+        """The caption that is drawn, and what stands in the batch for it."""
         with of_example(example.key):
-            with image_damage():
-                image = self.augment(example.image, generator, self.preprocess)
             words = self.target.words(source, example)
             word = words[generator.integers(len(words))]
-            return word, image, self.target.numbers(word)
+            return word, self.target.numbers(word)

@@ -52,7 +52,7 @@ def make_plan(config: RunConfig, topology: Topology) -> Plan:
     partitioner, hosts = training.partitioner, len({device.process_index for device in devices})
     partitioner.check_batch_size(config.batch_size, config.microbatches, hosts)
     state = abstract_state(training)
-    batch = _batch(training, config.batch_size)
+    batch = _batch(training, config)
     step = make_train_step(training)
     _progress(f"compiling {config.name}, batch {config.batch_size}, for {topology.name}; this takes a minute or more")
     start = time.perf_counter()
@@ -77,10 +77,12 @@ def make_plan(config: RunConfig, topology: Topology) -> Plan:
     return Plan(config, topology, memory, estimate(compiled.as_text(), topology.device), seconds)
 
 
-def _batch(training: Training, size: int) -> dict[str, jax.ShapeDtypeStruct]:
+def _batch(training: Training, config: RunConfig) -> dict[str, jax.ShapeDtypeStruct]:
     """What a train step takes, as shapes."""
-    sharding = training.partitioner.batch_sharding
-    images, tokens = abstract_inputs(training.model.config, size, jnp.uint8, sharding)
+    sharding, size = training.partitioner.batch_sharding, config.batch_size
+    images, tokens = abstract_inputs(config.model, size, jnp.uint8, sharding)
+    if config.cache_features:
+        images = jax.ShapeDtypeStruct((size, config.model.embed_dim), jnp.float32, sharding=sharding)
     labels = jax.ShapeDtypeStruct((size,), jnp.int32, sharding=sharding)
     targets = {"text": tokens, "label": labels}
     return {"image": images, training.loss.target: targets[training.loss.target]}

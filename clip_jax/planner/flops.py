@@ -25,6 +25,8 @@ def train_flops(run: RunConfig) -> int:
     config = run.model
     trained, _ = split(variable_shapes(config)["params"], frozen_patterns(run))
     passes = {tower: 3 if tower in trained else 1 for tower in ("visual", "text")}
+    if run.cache_features:
+        passes["visual"] = 0
     image, text = image_flops(config), _text(config.text, config.embed_dim)
     if run.patch_dropout:
         image -= _of_patches_left_out(config.vision, patches_kept(config.vision, run.patch_dropout))

@@ -14,7 +14,7 @@ from clip_jax.errors import UserError
 from clip_jax.options import option
 from clip_jax.processing.images import ImageSource, Preprocess, check_not_empty, decode, open_header, to_rgb
 
-CROPS = ("random", "resized")
+CROPS = ("random", "resized", "center")
 
 _TRIES = 10  # of a resized crop to fit into the image, as in torchvision
 
@@ -28,7 +28,7 @@ class Augment:
     crop: str = option(
         "random",
         "random: a square anywhere once the shorter side is resized, as in the paper; resized: a part of random size "
-        "and shape, resized to the model's square, as in open_clip",
+        "and shape, resized to the model's square, as in open_clip; center: what the model sees at inference",
     )
     scale: tuple[float, float] = option((0.9, 1.0), "smallest and largest share of the image's area in a resized crop")
     ratio: tuple[float, float] = option((3 / 4, 4 / 3), "smallest and largest width / height of a resized crop")
@@ -40,7 +40,7 @@ class Augment:
 
     def __post_init__(self):
         if self.crop not in CROPS:
-            raise UserError(f"augment.crop must be {' or '.join(CROPS)}, got {self.crop!r}")
+            raise UserError(f"augment.crop must be one of {', '.join(CROPS)}; got {self.crop!r}")
         if not 0 < self.scale[0] <= self.scale[1] <= 1:
             raise UserError(f"augment.scale must be two numbers above 0 and up to 1, in order; got {self.scale}")
         if not 0 < self.ratio[0] <= self.ratio[1] < math.inf:
@@ -51,6 +51,11 @@ class Augment:
                 "augment.color_jitter must be four numbers of at least 0, the last one (hue) at most 0.5; "
                 f"got {self.color_jitter}"
             )
+
+    @property
+    def is_random(self) -> bool:
+        """Whether an image looks different from one epoch to the next."""
+        return self.crop != "center" or self.flip or any(self.color_jitter)
 
     def __call__(
         self, image: ImageSource, rng: np.random.Generator, preprocess: Preprocess
@@ -69,8 +74,8 @@ class Augment:
         Raises:
           UserError: the image cannot be read, is empty or too elongated, or has a mode without RGB equivalent.
         """
-        cut = self._resized_crop if self.crop == "resized" else _random_crop
-        square = to_rgb(cut(open_header(image), rng, preprocess))
+        cuts = {"random": _random_crop, "resized": self._resized_crop, "center": _center_crop}
+        square = to_rgb(cuts[self.crop](open_header(image), rng, preprocess))
         if self.flip and rng.random() < 0.5:
             square = square.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         if any(self.color_jitter):
@@ -125,6 +130,11 @@ def _random_crop(image: Image.Image, rng: np.random.Generator, preprocess: Prepr
     to_stored = [stored / resized for stored, resized in zip(image.size * 2, size * 2, strict=True)]
     box = [edge * scale for edge, scale in zip((left, top, left + side, top + side), to_stored, strict=True)]
     return image.resize((side, side), preprocess.filter, box)
+
+
+def _center_crop(image: Image.Image, _: np.random.Generator, preprocess: Preprocess) -> Image.Image:
+    """As at inference, to the bit; nothing is drawn."""
+    return Image.fromarray(preprocess.resize_and_crop(decode(image)))
 
 
 def _brightness(image: Image.Image, factor: float) -> Image.Image:

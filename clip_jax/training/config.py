@@ -61,6 +61,9 @@ class RunConfig:
     running_statistics: bool = option(
         False, "whether BatchNorm normalises by running statistics, which then stay; it does in a tower that is frozen"
     )
+    cache_features: bool = option(
+        False, "whether the features of a frozen image tower are computed once; with augment.crop=center"
+    )
     patch_dropout: float = option(0.0, "share of an image's patches that training leaves out at random; 0.5 in FLIP")
     ema_decay: float = option(0.0, "of a moving average of the weights, kept beside them; 0 keeps none")
     mesh: MeshConfig = option(MeshConfig(), "devices of a slice along each axis", may_change=True)
@@ -110,6 +113,8 @@ class RunConfig:
                 "adapters freeze all parameters by themselves; leave optimizer.frozen empty, and choose with "
                 "adapters.kernels what is adapted"
             )
+        if self.cache_features:
+            self._check_images_repeat()
         if not self.stall_seconds > 0:
             raise UserError(f"stall_seconds must be above 0, got {self.stall_seconds}")
         for name in ("keep_every", "eval_every", "checkpoint_every", "patience"):
@@ -117,6 +122,18 @@ class RunConfig:
                 raise UserError(f"{name} must be at least 0, got {getattr(self, name)}")
         if not 0 <= self.epochs < math.inf:
             raise UserError(f"epochs must be at least 0, got {self.epochs}")
+
+    def _check_images_repeat(self) -> None:
+        """See that an image is the same in every epoch, as it must be for features that are computed once."""
+        if self.augment.is_random:
+            raise UserError(
+                "cache_features wants images that are the same in every epoch: set augment.crop=center, and neither "
+                "augment.flip nor augment.color_jitter"
+            )
+        if self.patch_dropout:
+            raise UserError("cache_features wants images that are the same in every epoch; set patch_dropout to 0")
+        if self.input.on_damage != "stop":
+            raise UserError("cache_features reads every image, and cannot skip one; set on_damage to stop")
 
 
 def make_training(config: RunConfig, devices: list[jax.Device] | None = None) -> Training:
@@ -129,6 +146,11 @@ def make_training(config: RunConfig, devices: list[jax.Device] | None = None) ->
     check_patterns(config.optimizer.frozen, paths_of(params), "optimizer.frozen", "parameter of the model")
     frozen = frozen_patterns(config)
     trained, _ = split(params, frozen)
+    if config.cache_features and "visual" in trained:
+        raise UserError(
+            "cache_features computes the features of images once, but the image tower is trained; freeze all of it "
+            "(optimizer.frozen=visual/*), or leave cache_features out"
+        )
     if not trained:
         raise UserError("optimizer.frozen leaves nothing to train; name less than all parameters")
     return Training(

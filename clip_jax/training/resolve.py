@@ -12,10 +12,11 @@ from typing import Any
 
 from clip_jax.data.damage import Damaged
 from clip_jax.data.example import Source
+from clip_jax.data.sources import make_sources
+from clip_jax.data.targets import class_names, classes_of
 from clip_jax.errors import UserError
 from clip_jax.losses import LOSSES
 from clip_jax.training.config import RunConfig
-from clip_jax.training.head import with_classes
 from clip_jax.training.run import make_reader
 from clip_jax.training.run_config import config_to_continue
 from clip_jax.weights import architecture
@@ -80,6 +81,18 @@ def resolved(config: RunConfig) -> RunConfig:
         eval_every=config.eval_every or epoch,
         checkpoint_every=config.checkpoint_every or epoch,
     )
+
+
+def with_classes(config: RunConfig) -> RunConfig:
+    """The configuration with the classes of its training data, where its loss trains a head and it names none.
+
+    Raises:
+      UserError: data that is missing or has no named classes.
+    """
+    if LOSSES[config.loss].target != "label" or config.model.classes:
+        return config
+    sources, _ = make_sources(config.data, config.access, class_names)
+    return replace(config, model=replace(config.model, classes=classes_of(sources)))
 
 
 def check_captions_differ(sources: Sequence[Source]) -> None:

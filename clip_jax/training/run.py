@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, closing
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -16,6 +17,7 @@ from clip_jax.losses import LOSSES
 from clip_jax.options import from_dict, to_dict
 from clip_jax.processing import Preprocess, make_tokenizer
 from clip_jax.training.bad_numbers import BadNumbers, report_batch
+from clip_jax.training.cached_features import image_features, with_features
 from clip_jax.training.checkpoints import Checkpoints
 from clip_jax.training.clock import Clock
 from clip_jax.training.config import RunConfig, check_same_run, make_training
@@ -77,13 +79,17 @@ def run(
         on_first_process(lambda: state_held_out(config, workdir))
         on_first_process(lambda: write_config(workdir, to_dict(config)))
         hosts = jax.process_index(), jax.process_count()
-        batches = open_things.enter_context(closing(TrainBatches(reader, config.input, int(state.step), *hosts)))
         writer = on_first_process(lambda: MetricsWriter(workdir, int(state.step), lock.check))
-        hooks = [Hold(lock)] if lock else []
-        hooks += _hooks(config, workdir, writer, checkpoints, batches, evaluate, clock)
         is_over = gets_no_better(workdir, config.patience)  # a run that was ended early stays so
         end = int(state.step) if is_over else config.total_steps
-        return train(state, train_step, on_devices(batches, training.partitioner), end, hooks, clock)
+        is_cached = config.cache_features and int(state.step) < end
+        features = image_features(training, state.variables, reader) if is_cached else None
+        reader = replace(reader, by_number=is_cached)
+        batches = open_things.enter_context(closing(TrainBatches(reader, config.input, int(state.step), *hosts)))
+        on_host = batches if features is None else with_features(batches, features)
+        hooks = [Hold(lock)] if lock else []
+        hooks += _hooks(config, workdir, writer, checkpoints, batches, evaluate, clock)
+        return train(state, train_step, on_devices(on_host, training.partitioner), end, hooks, clock)
 
 
 def _check_workdir(config: RunConfig, workdir: str) -> None:

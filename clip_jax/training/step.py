@@ -23,10 +23,11 @@ Metrics = dict[str, Shaped[Array, ""]]
 def make_train_step(training: Training) -> Jitted:
     """The jitted train step: (state, batch) -> (state, metrics); the old state's memory is reused.
 
-    The batch holds `image`, uint8 (batch, R, R, 3), and what the loss compares images with: `text`, int32 (batch,
-    context_length), or `label`, int32 (batch,). All are split over the batch axes of the mesh. Metrics are scalars:
-    loss, logit_scale (the parameter) and grad_norm in at least float32, and the counts of skipped steps. A step that
-    `guard.accepts` rejects leaves parameters, statistics and the optimizer's state, its count included, as they were.
+    The batch holds `image`, uint8 (batch, R, R, 3), or features of images, float32 (batch, embed_dim), and what the
+    loss compares images with: `text`, int32 (batch, context_length), or `label`, int32 (batch,). All are split over the
+    batch axes of the mesh. Metrics are scalars: loss, logit_scale (the parameter) and grad_norm in at least float32,
+    and the counts of skipped steps. A step that `guard.accepts` rejects leaves parameters, statistics and the
+    optimizer's state, its count included, as they were.
 
     Raises:
       UserError: the model lacks a parameter of the loss.
@@ -96,7 +97,7 @@ def make_train_step(training: Training) -> Jitted:
 def encode(
     model: CLIP,
     variables: Mapping[str, Any],
-    images: UInt8[Array, "batch height width 3"],
+    images: UInt8[Array, "batch height width 3"] | Float[Array, "batch embed_dim"],
     tokens: Int[Array, "batch length"] | None,
     microbatches: int,
     partitioner: Partitioner,
@@ -105,7 +106,7 @@ def encode(
 ) -> tuple[Float[Array, "batch embed_dim"], Float[Array, "batch embed_dim"] | None, Any]:
     """Normalised features of both towers, and the new running statistics of BatchNorm ({} if there are none).
 
-    Without tokens the text tower does not run, and has no features.
+    Without tokens the text tower does not run, and has no features. Images that come as features are not encoded.
 
     With several micro-batches, each device encodes its share of the batch piece by piece, keeping nothing but the
     features; the backward pass encodes each piece again. BatchNorm then normalises each micro-batch (over all
@@ -115,11 +116,14 @@ def encode(
 
     def encode_piece(variables: Mapping[str, Any], piece: tuple[Any, ...]) -> tuple[tuple[Any, Any], Any]:
         images, tokens, patches = piece
-        # Images travel to the device as bytes and become the model's floats there.
-        images = Preprocess.from_config(model.config).normalize(images, model.execution.wide_dtype)
-        image_features, updated = model.apply(
-            variables, images, train, patches, method=model.encode_image, mutable=["batch_stats"] if train else []
-        )
+        if images.ndim == 2:
+            image_features, updated = images.astype(model.execution.compute_dtype), {}
+        else:
+            # Images travel to the device as bytes and become the model's floats there.
+            images = Preprocess.from_config(model.config).normalize(images, model.execution.wide_dtype)
+            image_features, updated = model.apply(
+                variables, images, train, patches, method=model.encode_image, mutable=["batch_stats"] if train else []
+            )
         text_features = None if tokens is None else model.apply(variables, tokens, method=model.encode_text)
         dtype = model.execution.compute_dtype
         features = jax.tree.map(lambda x: normalize(x).astype(dtype), (image_features, text_features))

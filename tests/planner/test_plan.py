@@ -16,7 +16,10 @@ from clip_jax.planner.compile import bytes_needed, make_plan
 from clip_jax.planner.cost import CostEstimate, Traffic
 from clip_jax.planner.plan import Memory, Plan
 from clip_jax.planner.topologies import GIB, parse_topology
+from clip_jax.processing import Augment
+from clip_jax.training.adapters import AdapterConfig
 from clip_jax.training.config import RunConfig
+from clip_jax.training.initial_weights import InitialWeights
 from tests import tiny
 
 SLICE = parse_topology("v5e-8")
@@ -58,6 +61,21 @@ def test_memory_of_the_very_step(virtual_slice):
     assert smaller.memory.arguments < made.memory.arguments / 6
     assert made.cost.collectives["collective-permute"].count > 0
     assert "all-gather" in smaller.cost.collectives
+
+
+def test_adapters_and_cached_features_need_no_moments_of_weights_and_no_images(virtual_slice):
+    config = dataclasses.replace(
+        config_of(batch_size=64, unroll=1),
+        model=tiny.VIT,
+        init=InitialWeights("MODEL"),
+        adapters=AdapterConfig(rank=2, kernels=("text/*/query/kernel",)),
+        cache_features=True,
+        augment=Augment(crop="center"),
+    )
+    made = make_plan(config, SLICE)
+    kernels, factors = 2 * 64 * 64, 2 * 2 * (64 + 64)
+    state = 4 * (parameter_count(tiny.VIT) + kernels + 3 * factors)
+    assert made.cost is not None and made.memory.arguments <= 1.001 * (state + 64 // 8 * (32 * 4 + 16 * 4))
 
 
 def test_too_large_a_step_is_described_without_a_program(virtual_slice, monkeypatch):

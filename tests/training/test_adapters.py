@@ -15,6 +15,7 @@ from clip_jax import model_folder
 from clip_jax.errors import UserError
 from clip_jax.models import variable_shapes
 from clip_jax.parallel import MeshConfig
+from clip_jax.planner.duration import describe
 from clip_jax.planner.flops import train_flops
 from clip_jax.training.adapters import AdapterConfig, adapted_paths, initial_adapters, merged
 from clip_jax.training.config import make_training
@@ -179,6 +180,7 @@ def test_a_resnets_statistics_stay_and_its_kernels_can_be_adapted():
     trained = {path for path in shapes if path not in training.frozen}
     assert any("attnpool/q_proj" in path for path in trained) and any("layer1" in path for path in trained)
     assert train_flops(config) < train_flops(dataclasses.replace(config, adapters=AdapterConfig()))
+    assert "frozen image tower" not in describe(config, images_per_second=10.0, examples=100, judged=10)
 
 
 def flat(tree):
