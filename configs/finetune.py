@@ -9,7 +9,10 @@ from ml_collections import ConfigDict
 
 
 def get_config() -> ConfigDict:
-    """FLYP (arXiv 2212.00638): the loss of pre-training, with captions made of class names, at a low rate."""
+    """FLYP (arXiv 2212.00638): the loss of pre-training, with captions made of class names, at a low rate.
+
+    docs/fine-tuning.md says where each choice comes from: "What was learned, and what was forgotten".
+    """
     return ConfigDict(
         {
             "name": "finetune",
