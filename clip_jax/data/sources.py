@@ -69,7 +69,7 @@ class FolderConfig(SourceConfig):
         (), "captions of class folders, with commas between, as 'a photo of a {}.'; empty for text files"
     )
     held_out: float = option(
-        0.0, "share of the images of each class that training leaves out and evaluation judges by; their names decide"
+        0.0, "share of each class's images to hold out of training and judge by; their names decide which"
     )
 
     def __post_init__(self):
@@ -87,9 +87,9 @@ class FolderConfig(SourceConfig):
         """What to train on, what is held out, and how the folder was divided."""
         return open_divided(self.path, self.templates, self.held_out)
 
-    def names(self) -> dict[str, list[str]]:
+    def parts(self) -> dict[str, list[str]]:
         """The images of both parts, by their paths below the folder."""
-        return self.divided()[2].names(self.path)
+        return self.divided()[2].paths_below(self.path)
 
 
 @dataclass(frozen=True, kw_only=True)
