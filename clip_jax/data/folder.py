@@ -9,6 +9,7 @@ from clip_jax.data.checked import decoded_captions, read_file
 from clip_jax.data.damage import Damaged, naming
 from clip_jax.data.example import Example, Source
 from clip_jax.data.held_out import Division, divide
+from clip_jax.data.targets import class_name
 from clip_jax.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -144,7 +145,7 @@ class LabelledFolder:
         if stray := classes.count(""):
             logger.warning("%s: %d images lie in no class sub-folder and are left out", path, stray)
         self.name, self.templates = path, templates
-        self.class_names = tuple(folder.replace("_", " ") for folder in folders)
+        self.class_names = tuple(map(class_name, folders))
         self._captions = [tuple(text.replace("{}", name) for text in templates) for name in self.class_names]
         labels = {folder: label for label, folder in enumerate(folders)}
         self._images = [image for image, folder in zip(images, classes, strict=True) if folder]
