@@ -7,6 +7,7 @@ import numpy as np
 from etils import epath
 from jaxtyping import Bool
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from scipy.special import softmax
 
 from clip_jax.evaluation.before_after import Outcome, cells
@@ -44,6 +45,7 @@ def write_before_after(
         curves=_curves(metrics, [key_of(result) for result in outcome.before]),
         sections=list(_sections(outcome)),
         held_out=outcome.held_out,
+        has_probe=any(outcome.probes),
         split=HELD_OUT,
     )
 
@@ -139,6 +141,7 @@ def _curves(metrics: Sequence[Mapping[str, Any]], keys: Sequence[str]) -> str:
     judged.set(xlabel="step", ylabel="%", title="on images that training does not see")
     losses.set(xlabel="step", title="training loss")
     for axes in (judged, losses):
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.spines[["top", "right"]].set_visible(False)
     for text in judged.legend(frameon=False, fontsize=8).get_texts():
         text.set_parse_math(False)
