@@ -2,6 +2,7 @@
 
 import logging
 import os
+from importlib.metadata import version
 from pathlib import Path
 
 import jax
@@ -14,8 +15,8 @@ os.environ["XLA_FLAGS"] = " ".join(
         "--xla_cpu_collective_call_terminate_timeout_seconds=300",
         # Most time goes into compiling small programs that run once: all passes over HLO, but none of LLVM's.
         "--xla_backend_optimization_level=0",
-        # XLA's older code generator takes half as long.
-        "--xla_cpu_use_fusion_emitters=false",
+        # XLA's older code generator takes half as long; later versions do not have it, and refuse the flag.
+        *(["--xla_cpu_use_fusion_emitters=false"] if version("jaxlib").startswith("0.10.") else []),
     ]
 )
 
