@@ -4,7 +4,7 @@
     python -m benchmarks.adaptation --grid
 
 Pre-trains the demo's model on shapes and on the digits 0 to 4, once for each seed; adapts it to the digits 5 to 9 from
-a few images each, by every method; judges it on images held out. The peak rates in `METHODS` were chosen on seed 0, by
+a few images each, by every method; judges it on images held out. The peak rates in `METHODS` come from seed 0, by
 `--grid`. Results are kept in the folder, a file for each method and seed, so that the work can be done in parts; what
 is there is written to benchmarks/results/adaptation.md, with a picture beside it.
 """
@@ -57,7 +57,7 @@ class Method:
     """A way to adapt a model by training it.
 
     Attributes:
-      rate: the peak of the learning rate, of `RATES` the best on seed 0.
+      rate: the peak of the learning rate; from the grid, or as docs/fine-tuning.md says.
       changes: what it changes in the configuration of a run.
       optimizer: what it changes in the optimizer's.
       plain: whether the optimizer is the tutorials'.

@@ -5,6 +5,7 @@ own part and only scalars travel. Mixing is a permutation of 32-bit numbers: ano
 changes the sum; other damage goes unnoticed once in 2^32 cases.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -19,9 +20,15 @@ _LAST_SHIFT = 16
 
 def digests(tree: Any) -> dict[str, str]:
     """Path of each array on the devices -> its digest, 8 hexadecimal digits. All processes must call it together."""
+    return start_digests(tree)()
+
+
+def start_digests(tree: Any) -> Callable[[], dict[str, str]]:
+    """`digests`, which the devices compute while the host goes on; whoever calls what is returned waits for them."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     flat = {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
-    return {path: f"{int(value):08x}" for path, value in jax.device_get(_on_devices(flat)).items()}
+    values = _on_devices(flat)
+    return lambda: {path: f"{int(value):08x}" for path, value in jax.device_get(values).items()}
 
 
 def digest(array: Num[np.ndarray, "..."]) -> str:

@@ -43,11 +43,16 @@ def handlers() -> dict[str, Any]:
     return {DESCRIPTION: ocp.JsonCheckpointHandler(DESCRIPTION_FILE), VARIABLES: variables}
 
 
+def description_of(config: CLIPConfig, digests: Mapping[str, str]) -> dict[str, Any]:
+    """What clip_jax.json says of a model."""
+    return sealed({"version": VERSION, "model": config.to_dict(), "digests": digests})
+
+
 def items(config: CLIPConfig, variables: Any, digests: Mapping[str, str]) -> dict[str, Any]:
     """What to save of a model, by item."""
     import orbax.checkpoint as ocp
 
-    description = sealed({"version": VERSION, "model": config.to_dict(), "digests": digests})
+    description = description_of(config, digests)
     return {DESCRIPTION: ocp.args.JsonSave(description), VARIABLES: ocp.args.PyTreeSave(variables)}
 
 

@@ -8,6 +8,7 @@ import ast
 import contextlib
 import io
 import json
+import subprocess
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -116,13 +117,15 @@ def _without_home(text: str) -> str:
 
 
 def main(names: list[str]) -> None:
-    """Run the notebooks whose names begin so, or all, and write their pages."""
+    """Run a notebook and write its page; without a name all of them, each in a process of its own as in Jupyter."""
     matplotlib.use("agg")
     PAGES.mkdir(exist_ok=True)
-    for notebook in notebooks():
-        if not names or any(notebook.name.startswith(name) for name in names):
-            print(notebook.name, flush=True)
-            write_page(notebook, execute(notebook))
+    for name in names:
+        notebook = Path(__file__).parent / f"{name}.ipynb"
+        print(notebook.name, flush=True)
+        write_page(notebook, execute(notebook))
+    for notebook in () if names else notebooks():
+        subprocess.run([sys.executable, "-m", "examples.pages", notebook.stem], cwd=ROOT, check=True)
 
 
 if __name__ == "__main__":

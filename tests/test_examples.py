@@ -71,6 +71,14 @@ def test_the_sentence_that_fits_a_portrait():
     assert len(figures) == 1
 
 
+def test_a_folder_of_cups_before_and_after():
+    values, text, figures = run("4_cups", count=20, epochs=3)
+    assert list(values["accuracies"])[:3] == ["before, zero-shot", "before, linear probe", "fine-tuned"]
+    assert values["accuracies"]["fine-tuned"] > 0.7
+    assert re.search(r"fine-tuned +[01]\.\d{4}", text) and (values["workdir"] / "report.html").exists()
+    assert len(figures) == 2
+
+
 def test_more_shots_are_better(monkeypatch):
     monkeypatch.setattr(few_shot, "SHOTS", (1, 8))
     values, text, figures = run("5_few_shot")

@@ -17,11 +17,12 @@ from etils import epath
 from jaxtyping import Array, Bool
 
 from clip_jax import model_folder
-from clip_jax.digests import digests
+from clip_jax.digests import digests, start_digests
 from clip_jax.distributed import is_first, of_every_process, on_first_process, together
 from clip_jax.errors import DamagedFile, RunStopped, UserError
-from clip_jax.model_folder import RUN, RUN_FILE, VARIABLES
+from clip_jax.model_folder import DESCRIPTION, DESCRIPTION_FILE, RUN, RUN_FILE, VARIABLES
 from clip_jax.training.config import RunConfig
+from clip_jax.training.late_json import LateJson, LateJsonSave
 from clip_jax.training.manifest import check_manifest, file_names, write_manifest
 from clip_jax.training.state import TrainState
 from clip_jax.training.step_folder import check_rest, description_of, is_listed, rest_names, rest_of
@@ -53,7 +54,8 @@ class Checkpoints:
             cleanup_tmp_directories=True,
             async_options=ocp.options.AsyncOptions(post_finalization_callback=self._list_files),
         )
-        handlers = {**model_folder.handlers(), **rest, RUN: ocp.JsonCheckpointHandler(RUN_FILE)}
+        late = {DESCRIPTION: LateJson(DESCRIPTION_FILE), RUN: LateJson(RUN_FILE)}
+        handlers = {**model_folder.handlers(), **rest, **late}
         return ocp.CheckpointManager(self._folder, item_handlers=handlers, options=options)
 
     def latest_step(self) -> int | None:
@@ -71,11 +73,14 @@ class Checkpoints:
         if not is_finite(state):
             logger.warning("step %d is not saved: it has numbers that are not finite", step)
             return
-        rest = rest_of(state)
+        config, rest = self._config, rest_of(state)
+        # Begun here, before the next step takes the state's memory over, and waited for in the background.
+        of_model, of_rest = start_digests(state.variables), start_digests(rest)
         items = {
-            **model_folder.items(self._config.model, state.variables, digests(state.variables)),
+            DESCRIPTION: LateJsonSave(lambda: model_folder.description_of(config.model, of_model())),
+            VARIABLES: ocp.args.PyTreeSave(state.variables),
             **{name: ocp.args.StandardSave(value) for name, value in rest.items()},
-            RUN: ocp.args.JsonSave(description_of(step, self._config, digests(rest))),
+            RUN: LateJsonSave(lambda: description_of(step, config, of_rest())),
         }
         with storage("write a checkpoint in", self._folder):
             self._manager.wait_until_finished()
@@ -246,8 +251,8 @@ def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
 
 @jax.jit
 def is_finite(state: TrainState) -> Bool[Array, ""]:
-    """Of the model and the optimizer's state; the guard uses NaN for what is not there yet."""
-    leaves = jax.tree.leaves((state.params, state.batch_stats, state.opt_state, state.ema, state.adapters))
+    """Of what is trained and its average. The moments of an accepted step are: its gradients and their squares were."""
+    leaves = jax.tree.leaves((state.params, state.batch_stats, state.ema, state.adapters))
     return jnp.stack([jnp.isfinite(leaf).all() for leaf in leaves]).all()
 
 

@@ -1,12 +1,18 @@
-"""A workdir in a bucket, where nothing can be renamed at once: train, kill, go on, damage, fall back, evaluate."""
+"""A workdir in a bucket, where nothing can be renamed at once: train, kill, refuse, go on, fall back, evaluate."""
 
 import json
 import logging
+import os
 import signal
+import subprocess
+import sys
 import threading
+from contextlib import closing
 
 import pytest
 
+from clip_jax.training.lock import Lock
+from tests.multiprocess.processes import ROOT
 from tests.reliability.gcs import Gcs
 from tests.reliability.harness import live
 
@@ -55,6 +61,9 @@ def test_killed_continued_damaged_and_evaluated_in_a_bucket(storage, tmp_path):
     code, said = life(kill="all written", count=2)
     assert code == -signal.SIGKILL, said
     assert any(name.startswith("run/checkpoints/6/") for name in names())  # half of it is there, under its own name
+    with closing(Lock(WORKDIR)):  # taken over from the dead one
+        code, said = life()
+    assert code == 2 and f"process {os.getpid()} on" in said, said
     code, said = life(kill="batch", count=2, signal="SIGTERM")
     assert code == 128 + signal.SIGTERM, said
     assert "resuming from step 3" in said
@@ -70,3 +79,9 @@ def test_killed_continued_damaged_and_evaluated_in_a_bucket(storage, tmp_path):
     assert code == 0, said
     assert f"gs://bucket/{data} is damaged" in said and "resuming from step 6" in said
     assert any(name.startswith("run/damaged/9/") for name in names())
+    results = tmp_path / "results.json"
+    command = ["evaluate.py", "--weights", WORKDIR, "--datasets", "digits", "--output", results]
+    evaluated = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True, timeout=500)
+    assert evaluated.returncode == 0, evaluated.stderr
+    (row,) = json.loads(results.read_text())
+    assert row["pretrained"] == WORKDIR and 0 < row["metrics"]["acc1"] <= 1

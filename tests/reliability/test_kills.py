@@ -137,7 +137,7 @@ def test_a_full_disk_is_one_line_and_costs_nothing(undisturbed, tmp_path):
         code, said = live(tmp_path)
         assert code == 1, said
         (error,) = [line for line in said.splitlines() if line.startswith("error: ")]
-        assert "No space left on device" in error and "is safe" in error and "Traceback" not in said
+        assert "No space left on device" in error and "is untouched" in error and "Traceback" not in said
         subprocess.run(["mount", "-o", "remount,size=500m", tmp_path], check=True)
         code, said = live(tmp_path)
         assert code == 0, said

@@ -1,6 +1,7 @@
 """Damage to checkpoints: all of it is found and named, and the run goes back to the checkpoint before."""
 
 import shutil
+import threading
 from contextlib import closing
 from pathlib import Path
 
@@ -9,13 +10,16 @@ import numpy as np
 import pytest
 from etils import epath
 
+from clip_jax.digests import start_digests
 from clip_jax.errors import DamagedFile, RunStopped
 from clip_jax.training import checkpoint
+from clip_jax.training import checkpoints as checkpoints_module
 from clip_jax.training.checkpoints import Checkpoints
 from clip_jax.training.config import make_training
 from clip_jax.training.manifest import NOTES, check_manifest
 from clip_jax.training.run import run
 from clip_jax.training.state import abstract_state, initial_state
+from clip_jax.training.step_folder import verify
 from tests.training.test_run import CONFIG, config_of, leaves
 
 
@@ -57,6 +61,24 @@ def flip(path):
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1 << (len(content) % 8)
     path.write_bytes(content)
+
+
+def test_a_run_does_not_wait_for_digests(tmp_path, monkeypatch):
+    """The next step takes the state's memory over before anybody asks for the digests; they are of the old state."""
+    waited, go_on = [], threading.Event()
+
+    def late(tree):
+        digests = start_digests(tree)
+        return lambda: waited.append(go_on.wait(60)) or digests()
+
+    monkeypatch.setattr(checkpoints_module, "start_digests", late)
+    state = initial_state(make_training(CONFIG), seed=0)
+    with closing(Checkpoints(tmp_path, CONFIG)) as checkpoints:
+        checkpoints.save(1, state)
+        jax.jit(lambda tree: jax.tree.map(lambda leaf: leaf + 1, tree), donate_argnums=0)(state)
+        go_on.set()
+    assert waited == [True, True]
+    verify(epath.Path(tmp_path) / "checkpoints" / "1")
 
 
 FAULTS = {
@@ -158,11 +180,10 @@ def test_what_only_another_process_finds_damaged_is_not_set_aside(workdir, like,
 
 def test_arrays_are_checked_even_where_the_files_are_as_they_were_written(workdir, like, tmp_path, monkeypatch):
     """Damage on the way from the devices to the disk."""
-    from clip_jax.training import checkpoints as module
-
-    true = module.digests
     with monkeypatch.context() as patched:
-        patched.setattr(module, "digests", lambda tree: dict.fromkeys(true(tree), "00000000"))
+        patched.setattr(
+            checkpoints_module, "start_digests", lambda tree: lambda: dict.fromkeys(start_digests(tree)(), "00000000")
+        )
         training = make_training(CONFIG)
         with closing(Checkpoints(tmp_path, CONFIG)) as checkpoints:
             checkpoints.save(1, initial_state(training, seed=0))
