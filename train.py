@@ -1,6 +1,7 @@
 """Train a CLIP model, or plan its training on a TPU pod.
 
   python train.py --config demo --workdir runs/demo
+  python train.py --config finetune --workdir runs/cups --config.data.folder.path=PHOTOS
   python train.py --config vit_l14 --plan v5e-256
   python train.py --config mine --check_data
 

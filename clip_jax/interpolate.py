@@ -93,9 +93,9 @@ def judge_between(flags: argparse.Namespace, config: CLIPConfig, a: Any, b: Any)
     import jax
 
     from clip_jax.evaluation.alpha_curve import alpha_curve, table
-    from clip_jax.evaluation.before_after import check
     from clip_jax.evaluation.datasets import evaluation_set
     from clip_jax.evaluation.encoders import make_encoders
+    from clip_jax.evaluation.judge import check_judge
     from clip_jax.evaluation.rows import write_rows
     from clip_jax.models import CLIP, Execution
     from clip_jax.parallel import MeshConfig, make_partitioner
@@ -107,7 +107,7 @@ def judge_between(flags: argparse.Namespace, config: CLIPConfig, a: Any, b: Any)
     model, partitioner = CLIP(config, Execution()), make_partitioner(MeshConfig())
     encoders = make_encoders(model, partitioner)
     for dataset in datasets:
-        check(encoders, dataset)
+        check_judge(encoders, dataset)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_variables(model, partitioner))
     curve = alpha_curve(encoders, *map(partial(jax.device_put, device=shardings), (a, b)), datasets)
     print(table(curve))

@@ -11,10 +11,11 @@ from clip_jax.data.reader import TrainReader
 from clip_jax.data.sources import held_out_of
 from clip_jax.distributed import is_first, together
 from clip_jax.errors import UserError
-from clip_jax.evaluation.before_after import check, compare, judge, table
+from clip_jax.evaluation.before_after import compare, table
 from clip_jax.evaluation.datasets import EvaluationSet, evaluation_set, held_out_sets
 from clip_jax.evaluation.encoders import make_encoders
 from clip_jax.evaluation.head import check_head_prompts, linear_probe_head, templates_for, zero_shot_head
+from clip_jax.evaluation.judge import check_judge, judge
 from clip_jax.evaluation.rows import write_rows
 from clip_jax.planner.duration import describe
 from clip_jax.training.config import RunConfig
@@ -50,7 +51,7 @@ class Evaluation:
                     f"two data sets to judge by are called {dataset.name}, so their results would be one: rename the "
                     "source in data (with kind=folder), or name eval_datasets once each"
                 )
-            check(self.encoders, dataset)
+            check_judge(self.encoders, dataset)
 
     def __call__(self, state: TrainState) -> dict[str, float]:
         models = {EVAL: state.variables, **({EVAL_EMA: state.ema_variables} if state.ema else {})}

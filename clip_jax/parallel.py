@@ -50,7 +50,7 @@ class MeshConfig:
 
     data: int = option(-1, "copies of parameters and moments in a slice; -1 takes all devices left", may_change=True)
     fsdp: int = option(1, "devices that share one copy", may_change=True)
-    tensor: int = option(1, "devices that share heads, MLP widths and the vocabulary", may_change=True)
+    tensor: int = option(1, "devices that share heads, MLP widths, the vocabulary and classes", may_change=True)
     rules: Mapping[str, MeshAxes] = option({}, "logical axis -> mesh axes, over RULES in parallel.py", may_change=True)
 
     def __post_init__(self):

@@ -19,7 +19,7 @@ NOTEBOOKS = {notebook.stem: notebook for notebook in pages.notebooks()}
 
 @pytest.fixture(scope="module", autouse=True)
 def small_stand_in():
-    """No download, and a stand-in that is trained in seconds; matplotlib without a window."""
+    """No download, and a stand-in that is trained in seconds, on one device as a laptop has it; no windows."""
 
     def unreachable(name, **_):
         raise UserError(f"cannot download {name}")
@@ -29,11 +29,11 @@ def small_stand_in():
         "vision": {**stand_in.MODEL["vision"], "image_resolution": 32, "width": 64, "layers": 2, "mlp_width": 128},
         "text": {"width": 32, "heads": 1, "mlp_width": 64, "layers": 1},
     }
-    mesh = {"data": 1, "fsdp": 8}  # so that a device updates its part of the words alone
-    less = {"model": model, "mesh": mesh, "total_steps": 80, "unroll": 1, "checkpoint_every": 80}
-    backend = matplotlib.get_backend()
+    less = {"model": model, "total_steps": 80, "unroll": 1, "checkpoint_every": 80}
+    backend, device = matplotlib.get_backend(), jax.devices()[:1]
     matplotlib.use("agg")
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax, "devices", lambda *_: device)
         patch.setattr(stand_in, "fetch", unreachable)
         patch.setattr(stand_in, "RECIPE", {**stand_in.RECIPE, **less, "augment": {"crop": "resized"}})
         yield
@@ -44,7 +44,14 @@ def run(name, **parameters):
     """The namespace of a notebook after its last cell, all it printed, and its figures."""
     done = pages.execute(NOTEBOOKS[name], parameters)
     texts, figures = zip(*((output.text, output.figures) for output in done.outputs), strict=True)
+    assert " object at 0x" not in "".join(texts), "a cell ends with a value that nobody wants to see"
     return done.namespace, "".join(texts), [figure for shown in figures for figure in shown]
+
+
+def test_official_weights_come_first(monkeypatch, capsys):
+    monkeypatch.setattr(stand_in, "fetch", lambda name, **_: name)
+    assert stand_in.weights("RN50") == "RN50"
+    assert capsys.readouterr().out == "The model is OpenAI's RN50.\n"
 
 
 def test_each_photograph_and_its_sentence_find_each_other():
@@ -89,13 +96,13 @@ def test_more_shots_are_better(monkeypatch):
 
 
 def test_a_plan(monkeypatch):
-    """With CPU devices in the slice's place, as the planner's own tests have them."""
-    devices = type("Topology", (), {"devices": jax.devices()[:8]})
+    """With a CPU device in the slice's place, as the planner's own tests have it."""
+    devices = type("Topology", (), {"devices": jax.devices()})
     monkeypatch.setattr(cli, "load_config", lambda name: options.from_dict(RunConfig, stand_in.RECIPE, name))
     monkeypatch.setattr(compile, "use_compiler_only", lambda: None)
     monkeypatch.setattr(compile.topologies, "get_topology_desc", lambda **_: devices)
-    values, text, figures = run("6_pod", config_name="small", slice_name="v5e-8")
-    assert "stand_in on v5e-8: 8 chips" in text and "peak, alive at once" in text
+    values, text, figures = run("6_pod", config_name="small", slice_name="v5e-1")
+    assert "stand_in on v5e-1: 1 chips" in text and "peak, alive at once" in text
     assert len(values["plans"]) == 10 and values["plans"][0]["model"] == "stand_in"
     assert len(figures) == 1
 

@@ -9,7 +9,6 @@ import shutil
 import jax
 import numpy as np
 import pytest
-from flax.traverse_util import flatten_dict, unflatten_dict
 from PIL import Image
 
 import train
@@ -20,11 +19,12 @@ from clip_jax.evaluation.datasets import evaluation_set
 from clip_jax.evaluation.encoders import make_encoders
 from clip_jax.evaluation.zero_shot import zero_shot
 from clip_jax.judged_run import Evaluation
-from clip_jax.models import CLIP, variable_shapes
+from clip_jax.models import CLIP
 from clip_jax.parallel import MeshConfig, make_partitioner
 from clip_jax.training.config import make_training
 from clip_jax.weights import load_variables
 from clip_jax.workdir import read_metrics
+from tests import tiny
 from tests.reports.test_evaluation_report import Page
 from tests.training.test_run import CONFIG
 
@@ -51,16 +51,8 @@ def root(tmp_path_factory):
     write_photos(root / "photos", {"dark_cups": 70, "cups": 180})
     write_photos(root / "others", {"grey": 128, "black": 10})
     write_photos(root / "captioned", {"dark": 70, "light": 180}, captions=True)
-    model_folder.write(root / "model", CONFIG.model, weights())
+    model_folder.write(root / "model", CONFIG.model, tiny.telling_variables(CONFIG.model))
     return root
-
-
-def weights():
-    """Weights that tell pictures apart, without compiling anything."""
-    generator = np.random.default_rng(0)
-    shapes = flatten_dict(variable_shapes(CONFIG.model))
-    drawn = {path: generator.normal(path[-1] == "scale", 0.05, leaf.shape) for path, leaf in shapes.items()}
-    return unflatten_dict({path: array.astype(np.float32) for path, array in drawn.items()})
 
 
 def command(root, photos, workdir, *more):

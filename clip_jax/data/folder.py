@@ -9,6 +9,7 @@ from clip_jax.data.checked import decoded_captions, read_file
 from clip_jax.data.damage import Damaged, naming
 from clip_jax.data.example import Example, Source
 from clip_jax.data.held_out import Division, divide
+from clip_jax.data.targets import class_name
 from clip_jax.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -153,7 +154,7 @@ class LabelledFolder:
         if stray := classes.count(""):
             logger.warning("%s: %d images lie in no class sub-folder and are left out", path, stray)
         self.name, self.templates = path, templates
-        self.class_names = tuple(folder.replace("_", " ") for folder in folders)
+        self.class_names = tuple(map(class_name, folders))
         if len(set(self.class_names)) < len(folders):
             twice = next(name for name in self.class_names if self.class_names.count(name) > 1)
             raise UserError(f"{path} has two folders for the class {twice!r}, one with underscores: rename one of them")

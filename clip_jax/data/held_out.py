@@ -28,7 +28,7 @@ class Division:
     held_out: frozenset[str]
     copies: int
 
-    def names(self, path: str) -> dict[str, list[str]]:
+    def paths_below(self, path: str) -> dict[str, list[str]]:
         """The images of both parts, by their paths below the folder, as WORKDIR/held_out.json has them."""
         parts = {"train": self.train, "held_out": self.held_out}
         return {part: sorted(os.path.relpath(image, path) for image in images) for part, images in parts.items()}

@@ -66,17 +66,17 @@ class FolderConfig(SourceConfig):
 
     path: str = option(help="of the folder")
     templates: tuple[str, ...] | str = option(
-        (), "one or several captions of class folders, as 'a photo of a {}.'; empty for text files"
+        (), "captions of class folders, with commas between, as 'a photo of a {}.'; empty for text files"
     )
     held_out: float = option(
-        0.0, "share of the images of each class that training leaves out and evaluation judges by; their names decide"
+        0.0, "share of each class's images to hold out of training and judge by; their names decide which"
     )
 
     def __post_init__(self):
         super().__post_init__()
         _check_path(self.path, "the folder, as in --config.data.folder.path=PATH")
-        if isinstance(self.templates, str):
-            object.__setattr__(self, "templates", (self.templates,) if self.templates else ())
+        if isinstance(self.templates, str):  # of an override, which knows no types of a source's fields
+            object.__setattr__(self, "templates", tuple(filter(None, self.templates.split(","))))
         if not 0 <= self.held_out < 1:
             raise UserError(f"held_out must be at least 0 and below 1, got {self.held_out}")
 
@@ -91,9 +91,9 @@ class FolderConfig(SourceConfig):
         """Paths of the images to train on."""
         return self.divided()[2].train if self.held_out else images_of(self.path)
 
-    def names(self) -> dict[str, list[str]]:
+    def parts(self) -> dict[str, list[str]]:
         """The images of both parts, by their paths below the folder."""
-        return self.divided()[2].names(self.path)
+        return self.divided()[2].paths_below(self.path)
 
 
 @dataclass(frozen=True, kw_only=True)

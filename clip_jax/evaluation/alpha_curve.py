@@ -7,9 +7,9 @@ import numpy as np
 from jaxtyping import Float
 from tqdm import tqdm
 
-from clip_jax.evaluation.before_after import Judged, judge, main_metric
 from clip_jax.evaluation.datasets import EvaluationSet
 from clip_jax.evaluation.encoders import Encoders, Variables
+from clip_jax.evaluation.judge import Judged, judge, main_metric
 from clip_jax.evaluation.rows import Row, aligned, row_of, shown
 from clip_jax.evaluation.wise_ft import interpolate
 

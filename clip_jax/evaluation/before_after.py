@@ -13,12 +13,12 @@ import numpy as np
 from clip_jax.errors import UserError
 from clip_jax.evaluation.datasets import EvaluationSet
 from clip_jax.evaluation.encoders import Encoders, Variables
-from clip_jax.evaluation.head import TASK, classifies, classify_by_head, knows
+from clip_jax.evaluation.head import TASK
+from clip_jax.evaluation.judge import Judged, judge, key_of, main_metric
 from clip_jax.evaluation.linear_probe import LinearProbeResult, linear_probe
-from clip_jax.evaluation.retrieval import RetrievalResult, zero_shot_retrieval
 from clip_jax.evaluation.rows import MISSING, Row, aligned, row_of, shown
 from clip_jax.evaluation.wise_ft import interpolate
-from clip_jax.evaluation.zero_shot import ZeroShotResult, check_prompts, zero_shot
+from clip_jax.workdir import EVAL
 
 logger = logging.getLogger(__name__)
 
@@ -31,9 +31,6 @@ MODELS = (
     f"WiSE-FT, alpha {HALF:g}",
 )
 BY_HEAD = "before, by its head"
-RECALL = "image_retrieval_recall@1"  # what captioned images are judged by
-
-Judged = ZeroShotResult | RetrievalResult
 
 
 @dataclass(frozen=True)
@@ -69,35 +66,6 @@ class Outcome:
         return [row_of(result, model, "") for model, own in self.models().items() for result in own if result]
 
 
-def judge(encoders: Encoders, variables: Variables, dataset: EvaluationSet) -> Judged:
-    """Classify the images by the model's head where it can, else zero-shot; those without classes are retrieved."""
-    if knows(encoders.model.config.classes, dataset):
-        task = classify_by_head
-    else:
-        task = zero_shot if dataset.class_names else zero_shot_retrieval
-    return task(encoders, variables, dataset, progress=False)
-
-
-def check(encoders: Encoders, dataset: EvaluationSet) -> None:
-    """Refuse, before anything is computed, what `judge` would refuse of the texts; the log says what a head does."""
-    if dataset.class_names:
-        check_prompts(encoders, dataset)
-        classifies(encoders, dataset)
-    elif not dataset.source[0].captions:
-        raise UserError(f"{dataset.name} has neither named classes nor captions")
-
-
-def main_metric(result: Judged | LinearProbeResult) -> str:
-    """The metric that a result is judged by."""
-    metrics = result.metrics
-    return next(name for name in (result.dataset.metric, f"lp_{result.dataset.metric}", RECALL) if name in metrics)
-
-
-def key_of(result: Judged) -> str:
-    """What the main metric of a result is called in metrics.jsonl."""
-    return f"eval/{result.dataset.name}/{main_metric(result)}"
-
-
 def compare(
     encoders: Encoders,
     start: Variables,
@@ -128,7 +96,7 @@ def compare(
 
 def cells(outcome: Outcome) -> list[list[str]]:
     """A line for each model, a column for each data set, under their names."""
-    lines = [["", *(key_of(result).removeprefix("eval/") for result in outcome.before)]]
+    lines = [["", *(key_of(result).removeprefix(EVAL) for result in outcome.before)]]
     for model, results in outcome.models().items():
         values = [MISSING if one is None else shown(main_metric(one), one.metrics[main_metric(one)]) for one in results]
         lines.append([model, *values])

@@ -239,7 +239,7 @@ def _open_held_out(name: str, workdir: str) -> EvaluationSet:
         raise UserError(f"{workdir} has no {HELD_OUT}: expected the workdir of a run whose data has held_out above 0")
     data, stated = read_object(root / RUN_CONFIG).get("data", {}), read_object(root / HELD_OUT)
     for source, config in held_out_of(data).items():
-        if config.names() != stated.get(source):
+        if config.parts() != stated.get(source):
             raise UserError(
                 f"the images in {config.path} are not those that the run in {workdir} began with: some that it has "
                 f"learned from could be judged now; {HELD_OUT} lists them"

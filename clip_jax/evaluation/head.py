@@ -5,8 +5,7 @@ have only some of them.
 """
 
 import dataclasses
-import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 from jaxtyping import Array, Float
@@ -25,11 +24,8 @@ from clip_jax.evaluation.zero_shot import (
     ZeroShotResult,
     classify_examples,
     prompt_tokens,
-    zero_shot,
     zero_shot_classifier,
 )
-
-logger = logging.getLogger(__name__)
 
 TASK = "head_classification"  # CLIP_benchmark has no name for it
 
@@ -56,21 +52,6 @@ def classify_by_head(
     classifier = _on_every_host(encoders, variables["params"]["classifier"])[rows]
     bar = dataset.name if progress else ""
     return dataclasses.replace(classify_examples(encoders, variables, dataset, classifier, bar), task=TASK)
-
-
-def classifies(encoders: Encoders, dataset: EvaluationSet) -> Callable[..., ZeroShotResult]:
-    """What classifies a data set during training: the model's head where it can, else `zero_shot`; the log says which.
-
-    Returns:
-      (encoders, variables, dataset, progress) -> result.
-    """
-    classes = encoders.model.config.classes
-    by_head = knows(classes, dataset)
-    if classes:
-        unknown = [name for name in dataset.class_names if class_name(name) not in classes]
-        why = "" if by_head else f", for the head does not know {unknown[0]!r}" if unknown else ""
-        logger.info("%s is classified %s%s", dataset.name, "by the head" if by_head else "zero-shot", why)
-    return classify_by_head if by_head else zero_shot
 
 
 def templates_for(

@@ -7,17 +7,19 @@ import numpy as np
 from etils import epath
 from jaxtyping import Bool
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from scipy.special import softmax
 
-from clip_jax.evaluation.before_after import Outcome, cells, key_of
+from clip_jax.evaluation.before_after import Outcome, cells
 from clip_jax.evaluation.datasets import EvaluationSet
 from clip_jax.evaluation.head import TASK
+from clip_jax.evaluation.judge import key_of
 from clip_jax.evaluation.ranks import own_ranks
 from clip_jax.evaluation.retrieval import RetrievalResult
 from clip_jax.evaluation.zero_shot import ZeroShotResult
 from clip_jax.reports.page import figure_url, write_page
 from clip_jax.reports.samples import spread, thumbnail
-from clip_jax.workdir import HELD_OUT
+from clip_jax.workdir import EVAL, HELD_OUT
 
 SHOWN = 18  # pictures that changed for the better, and as many that changed for the worse
 
@@ -43,6 +45,7 @@ def write_before_after(
         curves=_curves(metrics, [key_of(result) for result in outcome.before]),
         sections=list(_sections(outcome)),
         held_out=outcome.held_out,
+        has_probe=any(outcome.probes),
         split=HELD_OUT,
     )
 
@@ -133,11 +136,12 @@ def _curves(metrics: Sequence[Mapping[str, Any]], keys: Sequence[str]) -> str:
     judged, losses = figure.subplots(1, 2)
     for key in keys:
         points = [(line["step"], 100 * line[key]) for line in metrics if key in line]
-        judged.plot(*zip(*points, strict=True), marker=".", label=key.removeprefix("eval/"))
+        judged.plot(*zip(*points, strict=True), marker=".", label=key.removeprefix(EVAL))
     losses.plot(*zip(*((line["step"], line["loss"]) for line in metrics if "loss" in line), strict=True), linewidth=1.2)
     judged.set(xlabel="step", ylabel="%", title="on images that training does not see")
     losses.set(xlabel="step", title="training loss")
     for axes in (judged, losses):
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.spines[["top", "right"]].set_visible(False)
     for text in judged.legend(frameon=False, fontsize=8).get_texts():
         text.set_parse_math(False)

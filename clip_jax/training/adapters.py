@@ -32,7 +32,7 @@ class AdapterConfig:
     """Which kernels are adapted, and how; everything else is frozen then. The defaults are LoRA's (section 4.2)."""
 
     rank: int = option(0, "inner width of the two factors, such as 8; 0 for no adapters")
-    alpha: float = option(16.0, "the product of the factors counts alpha / rank times")
+    alpha: float = option(16.0, "the product of the factors is scaled by alpha / rank")
     kernels: tuple[str, ...] = option(("*/query/kernel", "*/value/kernel"), "patterns of the kernels that get one")
 
     def __post_init__(self):

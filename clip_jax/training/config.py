@@ -50,19 +50,19 @@ class RunConfig:
     loss_tile: int = option(1024, "rows of the similarity matrix in memory at a time, at most", may_change=True)
     repeated_captions: str = option(
         "negatives",
-        "what the other images of a caption that the batch holds more than once are to it: negatives, positives "
-        "(targets spread evenly) or ignored (left out)",
+        "what images with the same caption are to each other within a batch: negatives, positives (targets are spread "
+        "evenly over them) or ignored (left out)",
     )
     label_smoothing: float = option(0.0, "share of a target that cross_entropy spreads over all classes")
     execution: Execution = inline(Execution())
     optimizer: OptimizerConfig = option(OptimizerConfig(), "AdamW")
-    adapters: AdapterConfig = option(AdapterConfig(), "low-rank adapters (LoRA), which are all that is trained then")
+    adapters: AdapterConfig = option(AdapterConfig(), "low-rank adapters (LoRA); with them nothing else is trained")
     guard: GuardConfig = option(GuardConfig(), "which steps are skipped, and when the run stops for them")
     running_statistics: bool = option(
-        False, "whether BatchNorm normalises by running statistics, which then stay; it does in a tower that is frozen"
+        False, "whether BatchNorm normalises by its running statistics, which then stay; always in a frozen tower"
     )
     cache_features: bool = option(
-        False, "whether the features of a frozen image tower are computed once; with augment.crop=center"
+        False, "whether the features of a frozen image tower are computed only once; needs augment.crop=center"
     )
     patch_dropout: float = option(0.0, "share of an image's patches that training leaves out at random; 0.5 in FLIP")
     ema_decay: float = option(0.0, "of a moving average of the weights, kept beside them; 0 keeps none")
@@ -71,7 +71,7 @@ class RunConfig:
     eval_every: int = option(10_000, "steps between evaluations; 0 for an epoch", may_change=True)
     patience: int = option(
         0,
-        "evaluations in a row, none of which scores higher than the best before, after which a run ends; 0: never",
+        "end the run after so many evaluations in a row that do not beat the best one before them; 0: never",
         True,
     )
     checkpoint_every: int = option(5_000, "steps between checkpoints; 0 for an epoch", may_change=True)
@@ -82,23 +82,19 @@ class RunConfig:
     keep_every: int = option(0, "keep a checkpoint every so many steps for good; 0 keeps none", may_change=True)
 
     def __post_init__(self):
-        if self.loss not in LOSSES:
-            raise UserError(f"loss must be one of {', '.join(LOSSES)}; got {self.loss!r}")
-        if self.repeated_captions not in REPEATED_CAPTIONS:
-            choices = ", ".join(REPEATED_CAPTIONS)
-            raise UserError(f"repeated_captions must be one of {choices}; got {self.repeated_captions!r}")
+        self._check_ranges()
+        self._check_loss()
+        self._check_adapters()
+        if self.patch_dropout and not isinstance(self.model.vision, VisionTransformerConfig):
+            raise UserError("patch_dropout leaves out patches of a ViT; a ResNet has none, so set it to 0")
+        if self.cache_features:
+            self._check_images_repeat()
+
+    def _check_ranges(self) -> None:
+        """See that each number is one that its field can have."""
         for name in ("ema_decay", "patch_dropout", "label_smoothing"):
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"{name} must be at least 0 and below 1, got {getattr(self, name)}")
-        if self.patch_dropout and not isinstance(self.model.vision, VisionTransformerConfig):
-            raise UserError("patch_dropout leaves out patches of a ViT; a ResNet has none, so set it to 0")
-        if self.label_smoothing and self.loss != "cross_entropy":
-            raise UserError(f"label_smoothing is an option of the loss cross_entropy; set it to 0 with {self.loss}")
-        if self.model.classes and self.loss != "cross_entropy":
-            raise UserError(
-                f"model.classes makes a head, which the loss {self.loss} does not train; set loss to cross_entropy, or "
-                "leave the classes out"
-            )
         if not 0 <= self.seed < 2**32:
             raise UserError(f"seed must be at least 0 and below 2**32, got {self.seed}")
         if self.batch_size < 2:
@@ -106,6 +102,31 @@ class RunConfig:
         for name in ("microbatches", "loss_tile", "keep_checkpoints", "total_steps", "log_every"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("keep_every", "eval_every", "checkpoint_every", "patience"):
+            if getattr(self, name) < 0:
+                raise UserError(f"{name} must be at least 0, got {getattr(self, name)}")
+        if not 0 <= self.epochs < math.inf:
+            raise UserError(f"epochs must be at least 0, got {self.epochs}")
+        if not self.stall_seconds > 0:
+            raise UserError(f"stall_seconds must be above 0, got {self.stall_seconds}")
+
+    def _check_loss(self) -> None:
+        """See that there is such a loss, and that what goes with another one is not set."""
+        if self.loss not in LOSSES:
+            raise UserError(f"loss must be one of {', '.join(LOSSES)}; got {self.loss!r}")
+        if self.repeated_captions not in REPEATED_CAPTIONS:
+            choices = ", ".join(REPEATED_CAPTIONS)
+            raise UserError(f"repeated_captions must be one of {choices}; got {self.repeated_captions!r}")
+        if self.label_smoothing and self.loss != "cross_entropy":
+            raise UserError(f"label_smoothing is an option of the loss cross_entropy; set it to 0 with {self.loss}")
+        if self.model.classes and self.loss != "cross_entropy":
+            raise UserError(
+                f"model.classes makes a head, which the loss {self.loss} does not train; set loss to cross_entropy, or "
+                "leave the classes out"
+            )
+
+    def _check_adapters(self) -> None:
+        """See that there is something to adapt, and that nothing else says what is trained."""
         if self.adapters.rank and not self.init.init_from:
             raise UserError("adapters change a model that has been trained; say which with init_from")
         if self.adapters.rank and self.optimizer.frozen:
@@ -113,15 +134,6 @@ class RunConfig:
                 "adapters freeze all parameters by themselves; leave optimizer.frozen empty, and choose with "
                 "adapters.kernels what is adapted"
             )
-        if self.cache_features:
-            self._check_images_repeat()
-        if not self.stall_seconds > 0:
-            raise UserError(f"stall_seconds must be above 0, got {self.stall_seconds}")
-        for name in ("keep_every", "eval_every", "checkpoint_every", "patience"):
-            if getattr(self, name) < 0:
-                raise UserError(f"{name} must be at least 0, got {getattr(self, name)}")
-        if not 0 <= self.epochs < math.inf:
-            raise UserError(f"epochs must be at least 0, got {self.epochs}")
 
     def _check_images_repeat(self) -> None:
         """See that an image is the same in every epoch, as it must be for features that are computed once."""

@@ -16,7 +16,7 @@ from clip_jax.training.storage import storage
 from clip_jax.workdir import HELD_OUT, absolute, steps_of, write_whole
 
 
-def state_held_out(config: RunConfig, workdir: epath.PathLike) -> None:
+def record_held_out(config: RunConfig, workdir: epath.PathLike) -> None:
     """Write the file, or see that a run that goes on still has the same parts; nothing where nothing is held out.
 
     Raises:
@@ -24,7 +24,7 @@ def state_held_out(config: RunConfig, workdir: epath.PathLike) -> None:
         began, so that what it has learned from could be in the other part now.
     """
     _check_apart(config)
-    parts = {name: source.names() for name, source in held_out_of(config.data).items()}
+    parts = {name: source.parts() for name, source in held_out_of(config.data).items()}
     file = absolute(workdir) / HELD_OUT
     if not parts:
         return

@@ -46,25 +46,24 @@ _SETTINGS = {
 class InitialWeights:
     """What a fresh run takes from another model; a run that goes on reads its own checkpoint."""
 
-    init_from: str = option("", "a model to start from, all that clip_jax.load opens; without it weights are random")
+    init_from: str = option("", "a model to start from, anything that clip_jax.load opens; empty for random weights")
     init_fresh: tuple[str, ...] = option((), "patterns of parameters that start fresh all the same, such as text/*")
     init_resize: str = option(
         "bicubic",
-        "how position embeddings get to another image size: bicubic with antialiasing as in open_clip, or linear as in "
-        "big_vision",
+        "how position embeddings are fitted to another image size: bicubic with antialiasing as in open_clip, or "
+        "linear as in big_vision",
     )
-
     head_from: str = option(
         "zeroshot",
-        "how a head starts that the model to start from lacks: zeroshot (the embeddings of its classes' names times "
+        "how a head starts if init_from has none of these classes: zeroshot (the embeddings of their names times "
         "exp(logit_scale), as in WiSE-FT) or linear_probe (a logistic regression on the training images, as in LP-FT)",
     )
 
     def __post_init__(self):
-        if self.head_from not in HEADS:
-            raise UserError(f"head_from must be one of {', '.join(HEADS)}; got {self.head_from!r}")
         if self.init_resize not in RESIZES:
             raise UserError(f"init_resize must be one of {', '.join(RESIZES)}; got {self.init_resize!r}")
+        if self.head_from not in HEADS:
+            raise UserError(f"head_from must be one of {', '.join(HEADS)}; got {self.head_from!r}")
         if self.init_fresh and not self.init_from:
             raise UserError("init_fresh says what not to take from init_from; give init_from too")
 

@@ -44,7 +44,8 @@ class MetricsWriter:
             lines, damaged = split_metrics(workdir)
             if damaged:
                 _set_aside(damaged, root / DAMAGED_METRICS)
-            self._text = "".join(_to_line(line) for line in lines if 0 < start_step >= line["step"])
+            kept = [line for line in lines if line["step"] <= start_step] if start_step else []  # a fresh run has none
+            self._text = "".join(map(_to_line, kept))
             write_whole(self._path, self._text)
             self._events = _Events(root, start_step)
 

@@ -22,7 +22,7 @@ from clip_jax.training.checkpoints import Checkpoints
 from clip_jax.training.clock import Clock
 from clip_jax.training.config import RunConfig, check_same_run, make_training
 from clip_jax.training.guard import initial_guard
-from clip_jax.training.held_out import state_held_out
+from clip_jax.training.held_out import record_held_out
 from clip_jax.training.hooks import Evaluate, Hold, Log, Save
 from clip_jax.training.initial_weights import StartHead, start_from
 from clip_jax.training.lock import Lock
@@ -76,7 +76,7 @@ def run(
         lock = on_first_process(lambda: open_things.enter_context(closing(Lock(workdir))))
         checkpoints = open_things.enter_context(closing(Checkpoints(workdir, config)))
         state = _state(checkpoints, training, config, workdir, start_head)
-        on_first_process(lambda: state_held_out(config, workdir))
+        on_first_process(lambda: record_held_out(config, workdir))
         on_first_process(lambda: write_config(workdir, to_dict(config)))
         hosts = jax.process_index(), jax.process_count()
         writer = on_first_process(lambda: MetricsWriter(workdir, int(state.step), lock.check))

@@ -129,8 +129,7 @@ def save(target: str | Path, config: CLIPConfig, variables: Any, to: str) -> Non
         raise UserError(f"cannot write the format {to!r}; expected one of {', '.join(WRITERS)}")
     if config.classes and to != "jax":
         logger.warning(
-            "the head of %d classes (%s, ...) is left out: %s has no place for it, only the model folders of clip_jax "
-            "have",
+            "the head of %d classes (%s, ...) is left out: %s has no place for it; a model folder of clip_jax keeps it",
             len(config.classes),
             ", ".join(config.classes[:3]),
             to,

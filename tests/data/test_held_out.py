@@ -12,7 +12,7 @@ from clip_jax.data import folder
 from clip_jax.data.folder import open_divided
 from clip_jax.data.held_out import divide
 from clip_jax.errors import UserError
-from clip_jax.training.held_out import state_held_out
+from clip_jax.training.held_out import record_held_out
 from tests.data.test_folder import write
 from tests.training.test_run import CONFIG
 
@@ -71,13 +71,13 @@ def test_no_folder_may_train_on_what_another_one_holds_out(photos, tmp_path):
     others = ({**parted, "held_out": 0.0}, {**parted, "held_out": 0.1}, {**parted, "path": str(tmp_path / "copies")})
     for number, other in enumerate(others[:2]):
         with pytest.raises(UserError, match=r"data.a holds out .*\.png, but data.b trains on it or on a copy of it"):
-            state_held_out(dataclasses.replace(CONFIG, data={"a": parted, "b": other}), tmp_path / str(number))
-    state_held_out(dataclasses.replace(CONFIG, data={"a": parted, "b": others[2]}), tmp_path)  # the same parts
+            record_held_out(dataclasses.replace(CONFIG, data={"a": parted, "b": other}), tmp_path / str(number))
+    record_held_out(dataclasses.replace(CONFIG, data={"a": parted, "b": others[2]}), tmp_path)  # the same parts
     shutil.copy(image, tmp_path / "copies" / "dog" / "again.png")
     open_divided.cache_clear()
     with pytest.raises(UserError, match="trains on it or on a copy"):
         others = {**parted, "path": str(tmp_path / "copies"), "held_out": 0.0}
-        state_held_out(dataclasses.replace(CONFIG, data={"a": parted, "b": others}), tmp_path)
+        record_held_out(dataclasses.replace(CONFIG, data={"a": parted, "b": others}), tmp_path)
 
 
 def test_captioned_folders_are_divided_as_a_whole(tmp_path):

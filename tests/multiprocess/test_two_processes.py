@@ -22,7 +22,7 @@ from tests.training.test_run import CONFIG
 def workdirs(tmp_path_factory):
     alone, together = tmp_path_factory.mktemp("alone"), tmp_path_factory.mktemp("together")
     model = alone.parent / "model"
-    model_folder.write(model, CONFIG.model, tiny.variables(CONFIG.model))
+    model_folder.write(model, CONFIG.model, tiny.telling_variables(CONFIG.model))
     finish(start("multiprocess.worker", "none", 1, 0, alone, model))
     coordinator = free_address()
     finish(*(start("multiprocess.worker", coordinator, 2, index, together, model) for index in range(2)))
