@@ -10,6 +10,7 @@ from clip_jax import model_folder
 from clip_jax.data.reader import TrainReader
 from clip_jax.data.sources import held_out_of
 from clip_jax.distributed import is_first, together
+from clip_jax.errors import UserError
 from clip_jax.evaluation.before_after import compare, table
 from clip_jax.evaluation.datasets import EvaluationSet, evaluation_set, held_out_sets
 from clip_jax.evaluation.encoders import make_encoders
@@ -43,7 +44,13 @@ class Evaluation:
         self._config, self.encoders = config, make_encoders(training.model, training.partitioner)
         self.held_out = together(partial(held_out_sets, config.data))
         self.references = together(lambda: [evaluation_set(name, config.access) for name in config.eval_datasets])
+        names = [dataset.name for dataset in self._datasets]
         for dataset in self._datasets:
+            if names.count(dataset.name) > 1:
+                raise UserError(
+                    f"two data sets to judge by are called {dataset.name}, so their results would be one: rename the "
+                    "source in data (with kind=folder), or name eval_datasets once each"
+                )
             check_judge(self.encoders, dataset)
 
     def __call__(self, state: TrainState) -> dict[str, float]:

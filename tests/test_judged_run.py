@@ -1,5 +1,6 @@
 """The one command, from class folders and from captions: what it prints, writes and shows, and what it refuses."""
 
+import dataclasses
 import json
 import logging
 import re
@@ -17,8 +18,10 @@ from clip_jax.errors import UserError
 from clip_jax.evaluation.datasets import evaluation_set
 from clip_jax.evaluation.encoders import make_encoders
 from clip_jax.evaluation.zero_shot import zero_shot
+from clip_jax.judged_run import Evaluation
 from clip_jax.models import CLIP
 from clip_jax.parallel import MeshConfig, make_partitioner
+from clip_jax.training.config import make_training
 from clip_jax.weights import load_variables
 from clip_jax.workdir import read_metrics
 from tests import tiny
@@ -174,6 +177,12 @@ def test_captions_are_found_by_the_same_command(root, capsys):
     assert "folder/image_retrieval_recall@1" in capsys.readouterr().out
     page = (root / "captions" / "report.html").read_text()
     assert "captions that look for their image" in page and "linear probe</td>" not in page
+
+
+def test_two_data_sets_of_one_name_are_refused_as_one_would_hide_the_other(root):
+    digits = {"kind": "folder", "path": str(root / "photos"), "held_out": 0.2}
+    with pytest.raises(UserError, match="two data sets to judge by are called digits, so their results would be one"):
+        Evaluation(dataclasses.replace(CONFIG, data={"digits": digits}), make_training(CONFIG))
 
 
 def test_an_unreadable_image_is_named_before_the_first_step(root, tmp_path):

@@ -83,6 +83,15 @@ def open_divided(path: str, templates: tuple[str, ...], share: float) -> tuple[S
     return _opened(path, templates, train), _opened(path, templates, held_out), division
 
 
+def images_of(path: str) -> list[str]:
+    """The paths of all images below a folder.
+
+    Raises:
+      UserError: there is none.
+    """
+    return [image for image, _ in _find_images(path)]
+
+
 def _opened(path: str, templates: tuple[str, ...], found: Found) -> Source:
     return LabelledFolder(path, templates, found) if templates else CaptionedFolder(path, found)
 
@@ -146,6 +155,9 @@ class LabelledFolder:
             logger.warning("%s: %d images lie in no class sub-folder and are left out", path, stray)
         self.name, self.templates = path, templates
         self.class_names = tuple(map(class_name, folders))
+        if len(set(self.class_names)) < len(folders):
+            twice = next(name for name in self.class_names if self.class_names.count(name) > 1)
+            raise UserError(f"{path} has two folders for the class {twice!r}, one with underscores: rename one of them")
         self._captions = [tuple(text.replace("{}", name) for text in templates) for name in self.class_names]
         labels = {folder: label for label, folder in enumerate(folders)}
         self._images = [image for image, folder in zip(images, classes, strict=True) if folder]
@@ -180,6 +192,8 @@ def _scan(path: str) -> Iterator[tuple[str, str]]:
             kind = ending.lower()
             if entry.is_dir(follow_symlinks=False):
                 folders.append(entry.path)
+            elif entry.is_symlink() and entry.is_dir():
+                logger.warning("%s is a link to a folder and left out", entry.path)
             elif kind in _IMAGES and entry.is_file():
                 images.append(entry.path)
             elif kind in _IMAGES and entry.is_symlink():

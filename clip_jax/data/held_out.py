@@ -61,6 +61,15 @@ def divide(path: str, classes: Mapping[str, str], share: float) -> Division:
     return Division(frozenset(classes.keys() - held_out), frozenset(held_out), copies)
 
 
+def in_both(images: Iterable[str], others: Iterable[str]) -> str | None:
+    """One of `images` that is among the others as well, itself or a copy of it byte by byte; None if none is."""
+    images, others = set(images), set(others)
+    for copies in _same_bytes(sorted(images | others)):
+        if not others.isdisjoint(copies) and (found := next((copy for copy in copies if copy in images), None)):
+            return found
+    return None
+
+
 def _rank(name: str) -> bytes:
     """What decides where an image comes: of its name, with slashes on every system."""
     return hashlib.sha256(name.replace(os.sep, "/").encode(errors="surrogateescape")).digest()

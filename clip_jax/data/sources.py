@@ -4,7 +4,7 @@ A new kind costs one class and its line in `SOURCES`.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,7 +13,7 @@ from clip_jax.data.access import Access
 from clip_jax.data.damage import Damaged
 from clip_jax.data.digits import Digits
 from clip_jax.data.example import Cached, Source
-from clip_jax.data.folder import open_divided, open_folder
+from clip_jax.data.folder import images_of, open_divided, open_folder
 from clip_jax.data.held_out import Division
 from clip_jax.data.order import Windows
 from clip_jax.data.sharded import Fields, ShardedSource
@@ -86,6 +86,10 @@ class FolderConfig(SourceConfig):
     def divided(self) -> tuple[Source, Source, Division]:
         """What to train on, what is held out, and how the folder was divided."""
         return open_divided(self.path, self.templates, self.held_out)
+
+    def trained(self) -> Collection[str]:
+        """Paths of the images to train on."""
+        return self.divided()[2].train if self.held_out else images_of(self.path)
 
     def parts(self) -> dict[str, list[str]]:
         """The images of both parts, by their paths below the folder."""

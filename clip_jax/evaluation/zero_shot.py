@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -18,6 +19,8 @@ from clip_jax.evaluation.metrics import check_finite, check_scores, classificati
 from clip_jax.evaluation.prompts import prompt
 from clip_jax.models import normalize
 from clip_jax.processing import Tokenizer
+
+logger = logging.getLogger(__name__)
 
 MOST_PROMPTS = 2**19  # class names times templates; ImageNet has 80,000
 
@@ -65,7 +68,13 @@ def prompt_tokens(
 def _prompt_tokens(
     tokenizer: Tokenizer, class_names: tuple[str, ...], templates: tuple[str, ...]
 ) -> Int[np.ndarray, "prompts context_length"]:
-    return tokenizer([prompt(template, name) for name in class_names for template in templates])
+    tokens = tokenizer([prompt(template, name) for name in class_names for template in templates])
+    first_of: dict[bytes, int] = {}
+    for number, own in enumerate(tokens.reshape(len(class_names), -1)):
+        if (first := first_of.setdefault(own.tobytes(), number)) != number:
+            alike = class_names[first], class_names[number]
+            logger.warning("the classes %r and %r have the same prompts: zero-shot, no image is of the second", *alike)
+    return tokens
 
 
 def check_prompts(encoders: Encoders, dataset: EvaluationSet) -> None:

@@ -17,6 +17,7 @@ from clip_jax.platform import usable_cores
 from clip_jax.processing import Preprocess
 from clip_jax.training.loop import HostBatch, to_devices
 from clip_jax.training.state import Training
+from clip_jax.training.step import Batch
 
 logger = logging.getLogger(__name__)
 
@@ -38,19 +39,23 @@ def image_features(
     """
     model, partitioner = training.model, training.partitioner
     total, size = int(reader.mixture.starts[-1]), reader.mixture.batch_size
-    encode = partitioner.jit(
-        lambda variables, batch: pixel_features(model, variables, batch["image"]), out_shardings=partitioner.replicated
-    )
+
+    def encode_rows(variables: Mapping[str, Any], batch: Batch) -> tuple[Array, Array]:
+        """The features, and which examples they are of: the mesh decides where in a batch each host has its rows."""
+        return pixel_features(model, variables, batch["image"]), batch["number"]
+
+    encode = partitioner.jit(encode_rows, out_shardings=partitioner.replicated)
     share = size // jax.process_count()
     first = share * jax.process_index()
     features = np.empty((total, model.config.embed_dim), np.float32)
     logger.info("computing the features of %d images once: the image tower is frozen", total)
     with ThreadPoolExecutor(usable_cores(), thread_name_prefix="clip_jax-data") as pool:
         for start in tqdm(range(0, total, size), desc="features", unit="batch", disable=None if is_first() else True):
-            numbers = np.minimum(np.arange(start + first, start + first + share), total - 1).tolist()
-            images = together(lambda numbers=numbers: np.stack(list(pool.map(reader.pixels, numbers))))
-            found = jax.device_get(encode(variables, to_devices({"image": images}, partitioner)))
-            features[start : start + size] = found[: total - start].astype(np.float32)
+            own = np.minimum(np.arange(start + first, start + first + share, dtype=np.int32), total - 1)
+            images = together(lambda own=own: np.stack(list(pool.map(reader.pixels, own.tolist()))))
+            batch = to_devices({"image": images, "number": own}, partitioner)
+            found, numbers = jax.device_get(encode(variables, batch))
+            features[numbers] = found.astype(np.float32)
     return features
 
 

@@ -7,7 +7,8 @@ import json
 
 from etils import epath
 
-from clip_jax.data.sources import held_out_of
+from clip_jax.data.held_out import in_both
+from clip_jax.data.sources import FolderConfig, held_out_of, source_config
 from clip_jax.errors import UserError
 from clip_jax.sealed_json import read_object
 from clip_jax.training.config import RunConfig
@@ -19,9 +20,10 @@ def record_held_out(config: RunConfig, workdir: epath.PathLike) -> None:
     """Write the file, or see that a run that goes on still has the same parts; nothing where nothing is held out.
 
     Raises:
-      UserError: images were added, removed or renamed since the run began, so that what it has learned from could be in
-        the other part now.
+      UserError: a source trains on what another one holds out; or images were added, removed or renamed since the run
+        began, so that what it has learned from could be in the other part now.
     """
+    _check_apart(config)
     parts = {name: source.parts() for name, source in held_out_of(config.data).items()}
     file = absolute(workdir) / HELD_OUT
     if not parts:
@@ -37,3 +39,16 @@ def record_held_out(config: RunConfig, workdir: epath.PathLike) -> None:
                 f"the images of data.{name} are not those that this run began with, which {file} lists: put them "
                 "back, or give another --workdir"
             )
+
+
+def _check_apart(config: RunConfig) -> None:
+    """See that no folder is trained on that has an image which another one holds out."""
+    sources = {name: source_config(name, config.data[name]) for name in sorted(config.data)}
+    folders = {name: source for name, source in sources.items() if isinstance(source, FolderConfig)}
+    for name, source in held_out_of(config.data).items():
+        for other in sorted(folders.keys() - {name}):
+            if image := in_both(source.divided()[2].held_out, folders[other].trained()):
+                raise UserError(
+                    f"data.{name} holds out {image}, but data.{other} trains on it or on a copy of it: name a folder "
+                    "in one source only, and keep copies in one folder"
+                )

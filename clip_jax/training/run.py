@@ -81,6 +81,8 @@ def run(
         hosts = jax.process_index(), jax.process_count()
         writer = on_first_process(lambda: MetricsWriter(workdir, int(state.step), lock.check))
         is_over = gets_no_better(workdir, config.patience)  # a run that was ended early stays so
+        if is_over and int(state.step) < config.total_steps:
+            logger.info("the run was ended early, at step %d; a higher patience lets it go on", int(state.step))
         end = int(state.step) if is_over else config.total_steps
         is_cached = config.cache_features and int(state.step) < end
         features = image_features(training, state.variables, reader) if is_cached else None

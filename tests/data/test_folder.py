@@ -166,6 +166,16 @@ def test_files_that_vanish_or_grow_after_opening_are_damage(tmp_path, monkeypatc
     assert reasons == ["image", "caption", "too_large", "image"]
 
 
+def test_class_folders_that_are_links_are_said_to_be_left_out_and_no_two_have_one_name(tmp_path, caplog):
+    write(tmp_path / "photos" / "dark cups" / "a.png")
+    (tmp_path / "photos" / "linked").symlink_to(tmp_path / "photos" / "dark cups")
+    assert LabelledFolder(str(tmp_path / "photos")).class_names == ("dark cups",)
+    assert "photos/linked is a link to a folder and left out" in caplog.text
+    write(tmp_path / "photos" / "dark_cups" / "b.png")
+    with pytest.raises(UserError, match="has two folders for the class 'dark cups', one with underscores: rename"):
+        LabelledFolder(str(tmp_path / "photos"))
+
+
 def test_mistakes_are_named(tmp_path):
     for opened in (open_folder, LabelledFolder):
         with pytest.raises(UserError, match="none is not a folder"):

@@ -1,5 +1,6 @@
 """What a folder holds out: a function of names and bytes, of each class its share, and no copy on both sides."""
 
+import dataclasses
 import hashlib
 import logging
 import os
@@ -11,7 +12,9 @@ from clip_jax.data import folder
 from clip_jax.data.folder import open_divided
 from clip_jax.data.held_out import divide
 from clip_jax.errors import UserError
+from clip_jax.training.held_out import record_held_out
 from tests.data.test_folder import write
+from tests.training.test_run import CONFIG
 
 TEMPLATES = ("a {}",)
 
@@ -59,6 +62,22 @@ def test_copies_are_on_one_side_whatever_their_class_and_counted(photos, caplog)
     images = [{source[i].image for i in range(len(source))} for source in (train, held_out)]
     assert not images[0] & images[1] and division.copies == 12
     assert "31 images of 3 classes" in caplog.text and "12 are copies of others" in caplog.text
+
+
+def test_no_folder_may_train_on_what_another_one_holds_out(photos, tmp_path):
+    parted = {"kind": "folder", "path": str(photos), "held_out": 0.3}
+    (image, *_) = open_divided(str(photos), (), 0.3)[2].held_out
+    shutil.copytree(photos, tmp_path / "copies")
+    others = ({**parted, "held_out": 0.0}, {**parted, "held_out": 0.1}, {**parted, "path": str(tmp_path / "copies")})
+    for number, other in enumerate(others[:2]):
+        with pytest.raises(UserError, match=r"data.a holds out .*\.png, but data.b trains on it or on a copy of it"):
+            record_held_out(dataclasses.replace(CONFIG, data={"a": parted, "b": other}), tmp_path / str(number))
+    record_held_out(dataclasses.replace(CONFIG, data={"a": parted, "b": others[2]}), tmp_path)  # the same parts
+    shutil.copy(image, tmp_path / "copies" / "dog" / "again.png")
+    open_divided.cache_clear()
+    with pytest.raises(UserError, match="trains on it or on a copy"):
+        others = {**parted, "path": str(tmp_path / "copies"), "held_out": 0.0}
+        record_held_out(dataclasses.replace(CONFIG, data={"a": parted, "b": others}), tmp_path)
 
 
 def test_captioned_folders_are_divided_as_a_whole(tmp_path):

@@ -12,7 +12,7 @@ from clip_jax.errors import UserError
 from clip_jax.evaluation.datasets import EvaluationSet, evaluation_set
 from clip_jax.evaluation.encoders import make_encoders
 from clip_jax.evaluation.registry import EVALUATION_SETS, Entry
-from clip_jax.evaluation.zero_shot import ZeroShotResult, zero_shot, zero_shot_classifier
+from clip_jax.evaluation.zero_shot import ZeroShotResult, prompt_tokens, zero_shot, zero_shot_classifier
 from clip_jax.models import CLIP, CLIPConfig, TextConfig
 from clip_jax.parallel import MeshConfig, make_partitioner
 from clip_jax.processing import tokenize
@@ -91,6 +91,12 @@ def test_texts_go_through_the_models_own_tokenizer():
 def test_a_class_name_that_does_not_fit_is_refused():
     with pytest.raises(UserError, match="tokens"):
         zero_shot_classifier(encoders(1), variables(), ["word " * 30], TEMPLATES)
+
+
+def test_classes_that_the_model_reads_alike_are_named(caplog):
+    prompt_tokens(encoders(1), ("Cups", "a dog", "cups"), TEMPLATES)
+    assert "the classes 'Cups' and 'cups' have the same prompts: zero-shot, no image is of the second" in caplog.text
+    assert len(caplog.records) == 1
 
 
 def test_more_prompts_than_anybody_has_are_refused():

@@ -4,6 +4,7 @@ import dataclasses
 import shutil
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -11,7 +12,9 @@ from clip_jax.data.pipeline import InputConfig, TrainBatches
 from clip_jax.errors import UserError
 from clip_jax.planner.flops import train_flops
 from clip_jax.processing import Augment
+from clip_jax.training import cached_features
 from clip_jax.training.config import make_training
+from clip_jax.training.loop import to_devices
 from clip_jax.training.optimizer import OptimizerConfig
 from clip_jax.training.run import make_reader, run
 from clip_jax.workdir import read_metrics
@@ -56,6 +59,23 @@ def test_the_number_of_an_example_leads_to_its_image(processes):
         np.testing.assert_array_equal(numbers["text"], images["text"])
         np.testing.assert_array_equal([reader.pixels(number) for number in numbers["image"].tolist()], images["image"])
     assert max(batch["image"].max() for batch in found[1]) >= reader.mixture.starts[1]
+
+
+def test_features_belong_to_their_images_wherever_the_mesh_puts_a_hosts_rows(monkeypatch):
+    """On a TPU the hosts' rows need not stand in a batch in the order of the hosts."""
+
+    def turned(batch, partitioner):
+        return to_devices({name: np.roll(rows, 5, axis=0) for name, rows in batch.items()}, partitioner)
+
+    def brightness(model, variables, images):
+        return jnp.tile(images.mean((1, 2, 3), keepdims=True)[:, 0, 0], model.config.embed_dim)
+
+    monkeypatch.setattr(cached_features, "to_devices", turned)
+    monkeypatch.setattr(cached_features, "pixel_features", brightness)
+    reader = make_reader(dataclasses.replace(ANEW, batch_size=512))
+    found = cached_features.image_features(make_training(ANEW), {}, reader)
+    expected = [reader.pixels(number).mean() for number in range(len(found))]
+    np.testing.assert_allclose(found[:, 0], expected, rtol=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -43,7 +43,7 @@ def test_the_score_is_the_mean_accuracy_of_the_same_sets_or_recall(tmp_path):
     assert scores(tmp_path) == {3: 0.9}
 
 
-def test_a_run_ends_early_saved_and_stays_ended_even_if_it_was_killed(tmp_path):
+def test_a_run_ends_early_saved_and_stays_ended_even_if_it_was_killed(tmp_path, caplog):
     accuracies = {1: 0.5, 2: 0.9, 3: 0.8, 4: 0.9, 5: 1.0}
     asked = []
 
@@ -61,6 +61,8 @@ def test_a_run_ends_early_saved_and_stays_ended_even_if_it_was_killed(tmp_path):
 
     assert go_on() == 4 and asked == [1, 2, 3, 4]
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["3", "4"]
-    assert go_on() == 4 and len(asked) == 4
+    with caplog.at_level("INFO", "clip_jax"):
+        assert go_on(total_steps=8) == 4 and len(asked) == 4
+    assert "the run was ended early, at step 4; a higher patience lets it go on" in caplog.text
     shutil.rmtree(tmp_path / "checkpoints" / "4")
-    assert go_on() == 4 and asked[4:] == [4]
+    assert go_on(total_steps=8) == 4 and asked[4:] == [4]
