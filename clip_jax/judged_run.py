@@ -23,7 +23,7 @@ from clip_jax.training.initial_weights import StartHead
 from clip_jax.training.run import run
 from clip_jax.training.state import Training, TrainState
 from clip_jax.training.storage import storage
-from clip_jax.workdir import EVAL, EVAL_EMA, REPORT, RESULTS, START, absolute, read_metrics
+from clip_jax.workdir import BEST, EVAL, EVAL_EMA, REPORT, RESULTS, START, absolute, best_step, read_metrics, steps_of
 
 logger = logging.getLogger(__name__)
 
@@ -116,6 +116,9 @@ def _say_what_came_of_it(workdir: str, evaluation: Evaluation, state: TrainState
         write_rows(results, outcome.rows())
         write_before_after(report, f"Before and after: {workdir}", read_metrics(workdir), outcome)
     print(table(outcome))
+    best = best_step(workdir, steps_of(workdir))
+    if best not in (None, int(state.step)):
+        print(f"step {best} was better, by the mean accuracy of its evaluation: {workdir}{BEST} opens it")
     print(f"report: {report}")
 
 

@@ -93,7 +93,7 @@ def rows(workdir):
 
 def test_it_says_what_the_split_is_and_how_long_it_will_take(root, cups):
     said = "\n".join(cups)
-    assert "24 images of 2 classes, with the captions a photo of a {}.; 20 to train on, 4 held out" in said
+    assert "24 images of 2 classes (cups 12, dark_cups 12), captions 'a photo of a {}.'; 20 to train on, 4" in said
     assert re.search(
         r"about \d+ s on this machine, reading and compiling aside: 4 steps of 16; cheaper: a frozen", said
     )

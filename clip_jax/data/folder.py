@@ -3,6 +3,7 @@
 import functools
 import logging
 import os
+from collections import Counter
 from collections.abc import Iterator
 
 from clip_jax.data.checked import decoded_captions, read_file
@@ -19,6 +20,7 @@ DEFAULT_TEMPLATES = ("a photo of a {}.",)  # the paper's, section 3.1.4
 _IMAGES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 _CAPTIONS = ".txt"
 _NO_CAPTIONS = ""
+_NAMED = 10  # classes whose names the log says
 
 Found = list[tuple[str, str]]  # the path of each image, and the ending of its caption file or `_NO_CAPTIONS`
 
@@ -69,7 +71,9 @@ def open_divided(path: str, templates: tuple[str, ...], share: float) -> tuple[S
         classes = {image: name for image, name in classes.items() if name}
         _check_no_class_is_empty(path, {*classes.values()})
     division = divide(path, classes, share)
-    captions = f" of {len({*classes.values()})} classes, with the captions {', '.join(templates)}" if templates else ""
+    counts = Counter(classes.values())
+    named = ", ".join(f"{name} {counts[name]}" for name in sorted(counts)[:_NAMED]) + ", ..." * (len(counts) > _NAMED)
+    captions = f" of {len(counts)} classes ({named}), captions {', '.join(map(repr, templates))}" if templates else ""
     logger.info(
         "%s: %d images%s; %d to train on, %d held out%s",
         path,
@@ -220,7 +224,8 @@ def _without_captions(found: Found) -> Damaged:
     needed = os.path.basename(_stem(missing[0])) + _CAPTIONS
     return Damaged(
         "caption",
-        f"{len(missing)} of {len(found)} images have no caption file: {missing[0]} needs {needed} beside it",
+        f"{len(missing)} of {len(found)} images have no caption file: {missing[0]} needs {needed} beside it; or name a "
+        "folder with a sub-folder for each class",
     )
 
 

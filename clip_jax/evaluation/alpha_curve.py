@@ -70,7 +70,8 @@ def cells(curve: AlphaCurve) -> list[list[str]]:
     several = values.shape[1] > 2
     lines = [["alpha", *curve.names, *[MEAN] * several]]
     for alpha, own in zip(curve.alphas, values, strict=True):
-        lines.append([f"{alpha:g}", *(shown("", value) for value in own), *[shown("", own[1:].mean())] * several])
+        shown_values = [shown("", value) for value in (*own, *([own[1:].mean()] if several else []))]
+        lines.append([f"{alpha:g}", *shown_values])
     return lines
 
 

@@ -10,7 +10,7 @@ from clip_jax.training.adapters import AdapterConfig
 from clip_jax.training.config import RunConfig
 from clip_jax.training.parameters import split
 
-_LOCKED = "--config.optimizer.frozen=visual/* --config.cache_features=true --config.augment.crop=center"
+_LOCKED = "--config.optimizer.frozen='visual/*' --config.cache_features=true --config.augment.crop=center"
 
 
 def duration(run: RunConfig, images_per_second: float, examples: int, judged: int) -> float:

@@ -16,12 +16,13 @@ def write_alpha_curve(path: epath.PathLike, title: str, curve: AlphaCurve) -> No
 def _picture(curve: AlphaCurve) -> str:
     """The target against the mean of the references, a point for each alpha; beside it, all against alpha."""
     values = 100 * curve.values
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    plane, lines = figure.subplots(1, 2)
+    several = values.shape[1] > 1
+    figure = Figure(figsize=(10 if several else 5, 4), layout="constrained")
+    *planes, lines = figure.subplots(1, 2 if several else 1, squeeze=False)[0]
     for name, column in zip(curve.names, values.T, strict=True):
         lines.plot(curve.alphas, column, marker=".", label=name)
     lines.set(xlabel="alpha", ylabel="%")
-    if values.shape[1] > 1:
+    for plane in planes:
         references = values[:, 1:].mean(axis=1)
         plane.plot(references, values[:, 0], marker="o")
         for number in (0, len(curve.alphas) // 2, len(curve.alphas) - 1):
@@ -31,9 +32,7 @@ def _picture(curve: AlphaCurve) -> str:
             f"{curve.names[1] if values.shape[1] == 2 else 'mean of the references'} (%)", parse_math=False
         )
         plane.set_ylabel(f"{curve.names[0]} (%)", parse_math=False)
-    else:
-        plane.remove()
-    for axes in (plane, lines):
+    for axes in (*planes, lines):
         axes.spines[["top", "right"]].set_visible(False)
     for text in lines.legend(frameon=False, fontsize=8).get_texts():
         text.set_parse_math(False)

@@ -25,7 +25,7 @@ def test_the_words_say_what_is_cheaper():
     minutes = (120 * 64 * 3 * (14.78 - 8.82) / 8.82 + 400 + 12 * 100) / 20 / 60
     assert words == (
         "about 33 min on this machine, reading and compiling aside: 120 steps of 64; cheaper: a frozen image tower "
-        "(--config.optimizer.frozen=visual/* --config.cache_features=true --config.augment.crop=center) "
+        "(--config.optimizer.frozen='visual/*' --config.cache_features=true --config.augment.crop=center) "
         f"{minutes:.0f} min, a linear probe (evaluate.py --tasks linear_probe) 20 s"
     )
     frozen = dataclasses.replace(RUN, optimizer=dataclasses.replace(RUN.optimizer, frozen=("visual/*",)))
