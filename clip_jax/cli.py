@@ -203,5 +203,19 @@ def _say_events() -> None:
     logger.setLevel(logging.INFO)
     logger.addHandler(BesideTheBar())
     logger.propagate = False
+    sys.excepthook = _without_late_answers(sys.excepthook)
     # Orbax logs tracebacks of what it raises as well; we say it in one line.
     logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname)
+
+
+def _without_late_answers(hook: Callable[..., None]) -> Callable[..., None]:
+    """`hook`, but for hundreds of tracebacks where a disk is full: TensorStore answers event loops that have ended.
+
+    They end with the first write that fails, and that one is said.
+    """
+
+    def heard(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+        if not (kind is RuntimeError and str(error) == "Event loop is closed"):
+            hook(kind, error, trace)
+
+    return heard
