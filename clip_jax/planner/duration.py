@@ -46,7 +46,8 @@ def describe(run: RunConfig, images_per_second: float, examples: int, judged: in
       judged: as for `duration`.
     """
     cheaper = [f"a linear probe (evaluate.py --tasks linear_probe) {_spoken(examples / images_per_second)}"]
-    if "visual" in split(variable_shapes(run.model)["params"], run.optimizer.frozen)[0]:
+    learns = "visual" in split(variable_shapes(run.model)["params"], run.optimizer.frozen)[0]
+    if learns and not run.adapters.rank:  # with adapters all else is frozen already
         locked = _spoken(duration(_locked(run), images_per_second, examples, judged))
         cheaper.insert(0, f"a frozen image tower ({_LOCKED}) {locked}")
     return (
