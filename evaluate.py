@@ -27,7 +27,7 @@ from clip_jax.evaluation import prompts
 from clip_jax.evaluation.datasets import accepted_names, evaluation_set, expanded
 from clip_jax.evaluation.rows import row_of, table, write_rows
 from clip_jax.platform import keep_compiled_programs
-from clip_jax.weights import architecture, available_models
+from clip_jax.weights import available_models, head_classes
 from clip_jax.workdir import read_metrics, without_suffixes
 
 if TYPE_CHECKING:
@@ -117,7 +117,7 @@ def evaluate(flags: argparse.Namespace, config: Any, weights: str) -> int:
     for name in names:
         with tolerated(name, names, failed):
             datasets.append(together(partial(evaluation_set, name, access, class_names, templates)))
-    classes = together(partial(architecture, weights)).classes
+    classes = together(partial(head_classes, weights))
     for dataset in datasets:
         for asked in [[task] for task in names_in(flags.tasks)] or [[]]:
             with tolerated(dataset.name, names, failed):

@@ -67,6 +67,18 @@ def architecture(source: epath.PathLike) -> CLIPConfig:
     return model_folder.read_config(path) if form == "jax" else load_variables(source)[0]
 
 
+def head_classes(source: epath.PathLike) -> tuple[str, ...]:
+    """The classes of the head of the model that `source` holds; no weights are read, since only our format has heads.
+
+    Raises:
+      UserError: there is no such model.
+    """
+    if download.is_official(str(source)):
+        return ()
+    form, path = locate(source)
+    return model_folder.read_config(path).classes if form == "jax" else ()
+
+
 def locate(source: epath.PathLike, download_root: str | Path | None = None) -> tuple[str, Path | epath.Path]:
     """The format of `source` (a key of `WRITERS`) and where it lies; official files and the hub's are downloaded.
 
