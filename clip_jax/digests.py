@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Num, UInt32
+from jaxtyping import Array, Integer, Num, UInt32
 
 _CHUNK = 2**16  # elements that stay in a core's cache while they are mixed
 _ROUNDS = ((16, np.uint32(0x85EBCA6B)), (13, np.uint32(0xC2B2AE35)))  # MurmurHash3's finaliser (Appleby, 2011)
@@ -51,11 +51,24 @@ def _on_devices(arrays: dict[str, Array]) -> dict[str, UInt32[Array, ""]]:
 
 
 def _digest_on_devices(array: Num[Array, "..."]) -> UInt32[Array, ""]:
-    position = jnp.zeros(array.shape, jnp.uint32)
+    if array.size <= _CHUNK * (array.shape or (1,))[0]:
+        return _mixed(array, jnp.uint32(0)).sum(dtype=jnp.uint32)
+
+    # Layers that lie in one array are added up one by one: on a CPU, XLA keeps what it is about to add up in memory.
+    def add(number: Integer[Array, ""], total: UInt32[Array, "..."]) -> UInt32[Array, "..."]:
+        return total + _mixed(jax.lax.dynamic_index_in_dim(array, number, keepdims=False), number)
+
+    layers, *shape = array.shape
+    return jax.lax.fori_loop(0, layers, add, jnp.zeros(shape, jnp.uint32)).sum(dtype=jnp.uint32)
+
+
+def _mixed(array: Num[Array, "*shape"], number: Integer[Array, ""]) -> UInt32[Array, "*shape"]:
+    """The bits of the elements, each mixed with its position, in the layer of that number."""
+    position = jnp.full(array.shape, number.astype(jnp.uint32))
     for axis, size in enumerate(array.shape):
         position = position * np.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, array.shape, axis)
     bits = jax.lax.bitcast_convert_type(array, _unsigned(array.dtype)).astype(jnp.uint32)
-    return _mix(bits ^ _mix(position)).sum(dtype=jnp.uint32)
+    return _mix(bits ^ _mix(position))
 
 
 def _mix(values: UInt32[Array, "..."]) -> UInt32[Array, "..."]:
