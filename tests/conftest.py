@@ -57,6 +57,15 @@ def own_cache(request, tmp_path_factory):
         yield
 
 
+@pytest.fixture(scope="module")
+def one_device():
+    """For runs of which no test asks how many devices they are spread over: one takes half of what eight take."""
+    first = jax.devices()[:1]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax, "devices", lambda *_: first)
+        yield
+
+
 @pytest.fixture
 def quiet_again():
     """After a script's own logging, the tests' again."""

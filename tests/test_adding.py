@@ -3,6 +3,7 @@
 from dataclasses import dataclass, replace
 
 import numpy as np
+import pytest
 from PIL import Image
 
 from clip_jax.data.example import Example
@@ -17,6 +18,8 @@ from clip_jax.training.loop import Hook, every
 from clip_jax.training.optimizer import OptimizerConfig
 from clip_jax.workdir import read_metrics
 from tests import tiny
+
+pytestmark = pytest.mark.usefixtures("one_device")
 
 # A loss is one object: twice CLIP's, with another start.
 DOUBLED = replace(

@@ -18,8 +18,8 @@ NOTEBOOKS = {notebook.stem: notebook for notebook in pages.notebooks()}
 
 
 @pytest.fixture(scope="module", autouse=True)
-def small_stand_in():
-    """No download, and a stand-in that is trained in seconds, on one device as a laptop has it; no windows."""
+def small_stand_in(one_device):
+    """No download, and a stand-in that is trained in seconds; no windows."""
 
     def unreachable(name, **_):
         raise UserError(f"cannot download {name}")
@@ -30,10 +30,9 @@ def small_stand_in():
         "text": {"width": 32, "heads": 1, "mlp_width": 64, "layers": 1},
     }
     less = {"model": model, "total_steps": 80, "unroll": 1, "checkpoint_every": 80}
-    backend, device = matplotlib.get_backend(), jax.devices()[:1]
+    backend = matplotlib.get_backend()
     matplotlib.use("agg")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(jax, "devices", lambda *_: device)
         patch.setattr(stand_in, "fetch", unreachable)
         patch.setattr(stand_in, "RECIPE", {**stand_in.RECIPE, **less, "augment": {"crop": "resized"}})
         yield

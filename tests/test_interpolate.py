@@ -12,6 +12,8 @@ from clip_jax.errors import UserError
 from clip_jax.weights import load_variables
 from tests import tiny
 
+pytestmark = pytest.mark.usefixtures("one_device")
+
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):

@@ -28,6 +28,8 @@ from tests import tiny
 from tests.reports.test_evaluation_report import Page
 from tests.training.test_run import CONFIG
 
+pytestmark = pytest.mark.usefixtures("one_device")
+
 MODELS = ["before, zero-shot", "before, linear probe", "fine-tuned", "WiSE-FT, alpha 0.5"]
 
 

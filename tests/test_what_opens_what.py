@@ -23,6 +23,8 @@ from clip_jax.weights import download, hub, load_variables, save
 from clip_jax.workdir import METRICS
 from tests import tiny
 
+pytestmark = pytest.mark.usefixtures("one_device")
+
 CONFIG = CLIPConfig(32, VisionTransformerConfig(32, 8, 64, 1, 1, 256), TextConfig(64, 1, 256, 1, context_length=16))
 VARIABLES = tiny.variables(CONFIG)
 SOURCES = [

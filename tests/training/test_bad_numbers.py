@@ -17,6 +17,8 @@ from clip_jax.workdir import METRICS
 from tests.training.dark import black_images_are_nan, dark_data
 from tests.training.test_run import CONFIG, config_of
 
+pytestmark = pytest.mark.usefixtures("one_device")
+
 SIZE = CONFIG.batch_size * CONFIG.total_steps  # each picture is seen once
 
 

@@ -32,6 +32,7 @@ ANEW = dataclasses.replace(
 ONCE = dataclasses.replace(ANEW, cache_features=True)
 
 
+@pytest.mark.usefixtures("one_device")
 def test_a_run_on_features_is_the_run_on_images(tmp_path):
     states = {name: run(config, str(tmp_path / name)) for name, config in (("anew", ANEW), ("once", ONCE))}
     losses = {name: [line["loss"] for line in read_metrics(tmp_path / name)] for name in states}

@@ -5,6 +5,7 @@ import shutil
 
 import jax
 import numpy as np
+import pytest
 from flax.traverse_util import flatten_dict
 
 from clip_jax import model_folder
@@ -17,6 +18,8 @@ from clip_jax.weights import load_variables
 from clip_jax.workdir import read_metrics
 from tests import tiny
 from tests.training.test_run import CONFIG
+
+pytestmark = pytest.mark.usefixtures("one_device")
 
 OPTIMIZER = OptimizerConfig(
     learning_rate=1e-3,

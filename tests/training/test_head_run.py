@@ -30,6 +30,8 @@ from clip_jax.workdir import read_metrics
 from tests import tiny
 from tests.training.test_run import CONFIG, config_of, leaves
 
+pytestmark = pytest.mark.usefixtures("one_device")
+
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):

@@ -10,6 +10,8 @@ from clip_jax.training.run import run
 from clip_jax.workdir import scores
 from tests.training.test_run import config_of
 
+pytestmark = pytest.mark.usefixtures("one_device")
+
 
 def write_metrics(workdir, lines):
     (workdir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))

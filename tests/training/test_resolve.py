@@ -21,6 +21,8 @@ from tests import tiny
 from tests.data.test_folder import write
 from tests.training.test_run import CONFIG
 
+pytestmark = pytest.mark.usefixtures("one_device")
+
 FINETUNE = "finetune"
 
 

@@ -24,6 +24,8 @@ from clip_jax.weights import load_variables
 from clip_jax.workdir import read_metrics
 from tests import tiny
 
+pytestmark = pytest.mark.usefixtures("one_device")
+
 FIRST_CONFIG = Path(__file__).parent / "golden" / "first_config.json"
 CONFIG = RunConfig(
     name="tiny",
@@ -204,8 +206,8 @@ def test_a_checkpoint_of_another_model_is_refused(undisturbed, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"batch_size": 12}, "multiple of 8 .* try 8 or 16"),
-        ({"mesh": MeshConfig(data=3)}, "does not fit 8 devices"),
+        ({"microbatches": 3}, "multiple of 3 .* try 15 or 18"),
+        ({"mesh": MeshConfig(data=3)}, "does not fit 1 device"),
         ({"data": {"folder": {"path": "/no/such/folder"}}}, "/no/such/folder"),
     ],
 )

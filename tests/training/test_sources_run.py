@@ -11,6 +11,8 @@ from clip_jax.workdir import read_metrics
 from tests.data.make_shards import members, write_tar
 from tests.training.test_run import config_of, leaves
 
+pytestmark = pytest.mark.usefixtures("one_device")
+
 
 @pytest.fixture(scope="module")
 def default_photos(tmp_path_factory):
