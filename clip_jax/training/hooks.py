@@ -55,7 +55,8 @@ class Log(Hook):
         self._marked_step = int(state.step)
         self._began = self._marked = time.perf_counter()
         self._marked_wait = self._batches.waited
-        logger.info("compiling the train step: the first one takes a while, minutes for a large model")
+        if self._marked_step < self._total_steps:
+            logger.info("compiling the train step: the first one takes a while, minutes for a large model")
         self._bar = tqdm(
             total=self._total_steps,
             initial=self._marked_step,

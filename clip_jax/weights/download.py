@@ -143,7 +143,8 @@ def _fill(url: str, part: Path, patience: Patience) -> None:
             raise UserError(f"{url} redirects to something that is no address: {error}") from error
         failures = 0 if _size(part) > before else failures + 1
         if failures == patience.attempts:
-            raise UserError(f"cannot download {url}: {reason}, {failures} times in a row; what came is kept in {part}")
+            kept = f"; what came is kept in {part}" if _size(part) else ""
+            raise UserError(f"cannot download {url}: {reason}, {failures} times in a row{kept}")
         time.sleep(patience.pause_seconds * failures)
 
 

@@ -173,10 +173,12 @@ def test_a_run_killed_in_its_last_evaluation_is_evaluated_when_it_goes_on(tmp_pa
     assert [line["step"] for line in read_metrics(tmp_path) if "eval/digits/acc1" in line] == [6]
 
 
-def test_a_finished_run_is_left_as_it_is(undisturbed):
+def test_a_finished_run_is_left_as_it_is(undisturbed, caplog):
     workdir, state = undisturbed
+    caplog.set_level(logging.INFO)
     for got, want in zip(leaves(run(config_of(), str(workdir))), leaves(state), strict=True):
         np.testing.assert_array_equal(got, want)
+    assert "compiling" not in caplog.text
 
 
 @pytest.mark.parametrize(
