@@ -28,7 +28,7 @@ demo_rn: $(VENV)/installed  ## the same with a ModifiedResNet image tower
 	$(BIN)/python train.py --config demo_rn --workdir $(DEMO)_rn
 	$(BIN)/python evaluate.py --config demo_rn --weights $(DEMO)_rn --output $(DEMO)_rn/results.json --report $(DEMO)_rn/report.html
 
-test: $(VENV)/installed-test  ## lint and the test suite (about 16 minutes on 2 cores)
+test: $(VENV)/installed-test  ## lint and the test suite (about 13 minutes on 2 cores)
 	$(BIN)/ruff check .
 	$(BIN)/python -m pytest
 

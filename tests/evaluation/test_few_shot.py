@@ -19,6 +19,8 @@ from clip_jax.reports.few_shot import few_shot_curve
 from tests.evaluation.test_features import CONFIG, Pictures, encoders, variables
 from tests.evaluation.test_linear_probe import as_float64, mesh, reference
 
+pytestmark = pytest.mark.usefixtures("one_device")
+
 DIGITS = EvaluationSet("digits", Pictures(), CLASS_NAMES)
 
 

@@ -32,6 +32,8 @@ from tests.evaluation.generated_sets import (
 )
 from tests.hub_stand_in import Hub, use
 
+pytestmark = pytest.mark.usefixtures("one_device")
+
 CONFIG = CLIPConfig(16, VisionTransformerConfig(16, 16, 16, 1, 1, 16), TextConfig(16, 1, 16, 1, context_length=48))
 COSTLY = [name for name, entry in LISTED.items() if entry.prompts == 80 and name != "imagenet_a"]  # 80,000 prompts
 

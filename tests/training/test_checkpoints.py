@@ -22,6 +22,8 @@ from clip_jax.training.state import abstract_state, initial_state
 from clip_jax.training.step_folder import verify
 from tests.training.test_run import CONFIG, config_of, leaves
 
+pytestmark = pytest.mark.usefixtures("one_device")
+
 
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory):
