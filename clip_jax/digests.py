@@ -5,6 +5,7 @@ own part and only scalars travel. Mixing is a permutation of 32-bit numbers: ano
 changes the sum; other damage goes unnoticed once in 2^32 cases.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -51,7 +52,7 @@ def _on_devices(arrays: dict[str, Array]) -> dict[str, UInt32[Array, ""]]:
 
 
 def _digest_on_devices(array: Num[Array, "..."]) -> UInt32[Array, ""]:
-    if array.size <= _CHUNK * (array.shape or (1,))[0]:
+    if math.prod(array.shape[1:]) <= _CHUNK:
         return _mixed(array, jnp.uint32(0)).sum(dtype=jnp.uint32)
 
     # Layers that lie in one array are added up one by one: on a CPU, XLA keeps what it is about to add up in memory.

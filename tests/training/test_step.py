@@ -295,3 +295,10 @@ def test_a_frozen_tower_has_no_statistics_of_its_batch():
     config = RunConfig("x", tiny.RESNET, optimizer=dataclasses.replace(OPTIMIZER, frozen=("visual/*",)))
     assert make_training(config).running_statistics
     assert not make_training(dataclasses.replace(config, optimizer=OPTIMIZER)).running_statistics
+
+
+def test_a_mesh_or_a_batch_that_does_not_fit_eight_devices_is_told_what_would():
+    with pytest.raises(UserError, match=r"does not fit 8 devices; .*each one of 1, 2, 4, 8"):
+        make_partitioner(MeshConfig(data=3))
+    with pytest.raises(UserError, match=r"multiple of 8 .* try 8 or 16"):
+        make_partitioner(MeshConfig()).check_batch_size(12)
